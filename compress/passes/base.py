@@ -1,0 +1,142 @@
+"""What a pass is: a frozen dataclass whose fields are its arguments, recipe keys, options and docs.
+
+A pass maps a `Tensor` to a `Tensor` and never touches files. A pass with a global decision also
+surveys: map (`survey`), associative reduce (`merge`), then `decide` returns the pass that knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from compress.errors import UsageError
+from compress.tensor import Role, Tensor, TensorInfo
+
+# Roles that every pass works on unless told otherwise.
+WEIGHT_ROLES = frozenset({Role.LINEAR, Role.CONV, Role.CONV1D, Role.EXPERTS})
+# Roles that a pass may be pointed at by name, beyond those.
+NAMED_ROLES = WEIGHT_ROLES | {Role.EMBEDDING, Role.HEAD, Role.POSITION, Role.UNCLEAR, Role.ROUTER}
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+) -> Any:
+    """A field of a pass: its default, one line of help, its range or choices, other spellings."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "aliases": aliases}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class CodesSpec:
+    """What is known of a tensor's codes before they exist; `group_size` is resolved (>= 1)."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: str  # F16, BF16 or F32
+    per_tensor: bool = False
+
+    def groups(self, columns: int) -> int:
+        return 1 if self.per_tensor else -(-columns // self.group_size)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms a tensor will carry, as far as headers tell: what formats and the plan size.
+
+    `nonzeros` is (at least, at most) kept weights where a mask exists; equal once surveyed.
+    `outliers` likewise counts protected entries; `outlier_columns` the distinct columns.
+    """
+
+    nonzeros: tuple[int, int] | None = None
+    codes: CodesSpec | None = None
+    rank: int = 0
+    factor_dtype: str = "F16"
+    outliers: tuple[int, int] = (0, 0)
+    outlier_columns: tuple[int, int] = (0, 0)
+    passes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every pass. Subclasses are frozen dataclasses too; fields come from `option`."""
+
+    name: ClassVar[str]  # as typed: "prune"
+    writes: ClassVar[str]  # the one term: "mask", "codes", "factors" or "outliers"
+    needs: ClassVar[frozenset[str]] = frozenset()  # calibration statistics; empty = data-free
+    roles: ClassVar[frozenset[Role]] = WEIGHT_ROLES
+
+    targets: tuple[str, ...] = option(
+        (), "only tensors whose name or module matches: a glob, or re: and a full match"
+    )
+    ignore: tuple[str, ...] = option((), "leave these alone, beside the default exclusions")
+
+    def validate(self) -> None:
+        """Check the fields against each other; ranges and choices were checked before.
+
+        Raises UsageError that names the field and the value.
+        """
+
+    def check(self, info: TensorInfo) -> None:
+        """Refuse a targeted tensor that this pass cannot work on (UsageError), before any work."""
+
+    def check_all(self, infos: list[TensorInfo]) -> None:
+        """Refuse the targeted tensors together (UsageError), e.g. a floor that cannot be met."""
+
+    def predict(self, info: TensorInfo, terms: Terms) -> Terms:
+        """The terms after this pass, from the header alone or, once decided, exactly."""
+        raise NotImplementedError
+
+    def row_wise(self, info: TensorInfo) -> bool:
+        """Whether `apply` may be given any range of rows on its own (else the whole matrix)."""
+        return True
+
+    @property
+    def wants_survey(self) -> bool:
+        """True while a sweep over the targets must come before `apply`."""
+        return False
+
+    def survey(self, tensor: Tensor) -> Any:
+        """A statistic of one tile."""
+        raise NotImplementedError
+
+    def merge(self, a: Any, b: Any) -> Any:
+        """Combine two statistics; associative. Called in order of (tensor, first row)."""
+        raise NotImplementedError
+
+    def decide(self, statistic: Any, infos: list[TensorInfo]) -> Pass:
+        """The pass after a sweep; it may want another. `infos` are its targets in order."""
+        raise NotImplementedError
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Write this pass's term. Pure: arrays of the input are not changed."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What a decided pass found, for the report (JSON types only)."""
+        return {}
+
+
+def option_fields(cls: type[Pass]) -> list[dataclasses.Field[Any]]:
+    """The fields that are options (recipe keys), in order; own fields before targets and ignore."""
+    fields = [f for f in dataclasses.fields(cls) if "help" in f.metadata]
+    shared = {"targets", "ignore"}
+    return [f for f in fields if f.name not in shared] + [f for f in fields if f.name in shared]
+
+
+def refuse(info: TensorInfo, what: str, hint: str) -> UsageError:
+    """A UsageError about one tensor."""
+    from compress.errors import show
+
+    return UsageError(f"tensor {show(info.name)} {list(info.shape)}: {what}", hint=hint)
