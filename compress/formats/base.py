@@ -1,0 +1,82 @@
+"""What a format is: pure functions between a decoded-by-formula `Tensor` and named arrays.
+
+A format never opens a file. `layout` says from headers which arrays a tensor becomes, `pack`
+makes them, `unpack` turns them back into a `Tensor`. Arrays of a tensor that was cut into row
+tiles are concatenated along their first axis by the writer, so every array of a sliceable
+tensor must be stackable by rows; a tensor with factors or outliers is never cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from compress.passes.base import Terms
+from compress.tensor import Array, Tensor, TensorInfo
+
+# The files an array can go to. "model" is the weight file (sharded), the others are one file each.
+MODEL, ADAPTER, SUPER_WEIGHTS = "model", "adapter", "super_weights"
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array a tensor becomes: (part, name, safetensors dtype tag, shape).
+
+    `at_most` is the upper bound of the first dimension where it depends on the values;
+    `shape[0]` is then the lower bound.
+    """
+
+    part: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    at_most: int | None = None
+
+
+Named = dict[tuple[str, str], Array]  # (part, array name) -> array
+Fetch = Callable[[str, str], Array]  # (part, array name) -> the whole stored array
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A changed tensor as recorded in the weight file's metadata: enough to decode it.
+
+    `info` carries the original name, dtype, shape and role.
+    """
+
+    info: TensorInfo
+    terms: Terms
+
+
+class Format:
+    """Base of every format."""
+
+    name: ClassVar[str]
+    weights_suffix: ClassVar[str] = ".safetensors"  # model.safetensors, model-00001-of-...
+
+    def refuses(self, info: TensorInfo, terms: Terms) -> str | None:
+        """Why this tensor with these terms cannot be held, or None. From headers alone."""
+        return None
+
+    def refuses_model(self, changed: Mapping[str, Terms], infos: Sequence[TensorInfo]) -> str | None:
+        """Why the model as a whole cannot be held (e.g. fused sets of unequal width), or None."""
+        return None
+
+    def layout(self, info: TensorInfo, terms: Terms) -> list[ArraySpec]:
+        """The arrays of a changed tensor, in the order they are written."""
+        raise NotImplementedError
+
+    def pack(self, tensor: Tensor, terms: Terms) -> Named:
+        """The arrays of one tile, named, shaped and typed as `layout` says."""
+        raise NotImplementedError
+
+    def unpack(self, entry: Entry, fetch: Fetch) -> Tensor:
+        """The tensor with its terms, from stored arrays. `source` is an empty stand-in."""
+        raise NotImplementedError
+
+    def extra_files(
+        self, entries: Sequence[Entry], config: dict[str, Any] | None, infos: Sequence[TensorInfo]
+    ) -> dict[str, bytes]:
+        """Further files by relative path: the changed config.json, the adapter's config."""
+        return {}
