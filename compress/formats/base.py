@@ -3,7 +3,9 @@
 A format never opens a file. `layout` says from headers which arrays a tensor becomes, `pack`
 makes them, `unpack` turns them back into a `Tensor`. Arrays of a tensor that was cut into row
 tiles are concatenated along their first axis by the writer, so every array of a sliceable
-tensor must be stackable by rows; a tensor with factors or outliers is never cut.
+tensor must be stackable by rows; a tensor with factors or outliers, or with a mask under codes,
+is never cut. Sizes are exact once the terms are: a stream of kept codes is one bit stream over the
+whole tensor, ceil(nonzeros * bits / 8) bytes, without padding of rows.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class Format:
 
     name: ClassVar[str]
     weights_suffix: ClassVar[str] = ".safetensors"  # model.safetensors, model-00001-of-...
+    base_stands_alone: ClassVar[bool] = False  # engines run the codes without the other terms
 
     def refuses(self, info: TensorInfo, terms: Terms) -> str | None:
         """Why this tensor with these terms cannot be held, or None. From headers alone."""

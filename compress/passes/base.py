@@ -7,6 +7,7 @@ surveys: map (`survey`), associative reduce (`merge`), then `decide` returns the
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -67,6 +68,29 @@ class Terms:
     outlier_columns: tuple[int, int] = (0, 0)
     passes: tuple[str, ...] = ()
 
+    @property
+    def changed(self) -> bool:
+        """Whether the stored weight changes at all; outliers alone leave it as it is."""
+        return self.nonzeros is not None or self.codes is not None or self.rank > 0
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing about the stored size is left open."""
+        return (
+            (self.nonzeros is None or self.nonzeros[0] == self.nonzeros[1])
+            and self.outliers[0] == self.outliers[1]
+            and self.outlier_columns[0] == self.outlier_columns[1]
+        )
+
+    def at(self, end: int) -> Terms:
+        """The same terms with every open range closed at its low (0) or high (1) end."""
+        return dataclasses.replace(
+            self,
+            nonzeros=None if self.nonzeros is None else (self.nonzeros[end],) * 2,
+            outliers=(self.outliers[end],) * 2,
+            outlier_columns=(self.outlier_columns[end],) * 2,
+        )
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -97,6 +121,13 @@ class Pass:
     def predict(self, info: TensorInfo, terms: Terms) -> Terms:
         """The terms after this pass, from the header alone or, once decided, exactly."""
         raise NotImplementedError
+
+    def bind(self, info: TensorInfo, earlier: Sequence[Pass], *, base_stands_alone: bool) -> Pass:
+        """The pass as it works on one tensor, after the passes `earlier` that work on it too.
+
+        `base_stands_alone`: the format lets engines run the codes without factors and outliers.
+        """
+        return self
 
     def row_wise(self, info: TensorInfo) -> bool:
         """Whether `apply` may be given any range of rows on its own (else the whole matrix)."""
