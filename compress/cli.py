@@ -1,0 +1,480 @@
+"""The command line: parsing and printing only. Everything heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+# One BLAS thread a tensor: the tool's own pool runs over tensors, and sums keep one order.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import typer
+
+from compress import __version__
+from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
+
+if TYPE_CHECKING:
+    from compress.plan import Options, Plan
+    from compress.recipe import Recipe
+    from compress.run import Progress
+
+app = typer.Typer(
+    name="compress",
+    help="Make model checkpoints smaller, and prove what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ONE_PASS = {
+    "prune": "Prune by magnitude, with an exact count, and write the result.",
+    "super-weights": "Find super weights and write them beside the checkpoint.",
+    "quantize": "Quantize weights to 2-8 bits and write the result.",
+    "low-rank": "Add a low-rank term to a pruned checkpoint and write the result.",
+}
+
+Model = Annotated[Path, typer.Argument(help="A checkpoint: a directory or a weight file.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The output directory.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Pickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .pt/.pth/.th/.bin files, in a limited child.")
+]
+RecipeFile = Annotated[
+    Optional[Path], typer.Option("--recipe", help="A recipe (YAML) instead of PASS words.")
+]
+FormatName = Annotated[
+    Optional[str],
+    typer.Option("--format", help="auto, compressed-tensors, native or dense.", metavar="NAME"),
+]
+Untouched = Annotated[
+    Optional[str],
+    typer.Option(help="Dtype of floats that no pass touched: keep, bf16, fp16.", metavar="DTYPE"),
+]
+Jobs = Annotated[int, typer.Option(help="Threads; 0 = one a processor.", min=0, max=1024)]
+Memory = Annotated[str, typer.Option(help="Budget for tensors in flight, e.g. 2GB.")]
+Seed = Annotated[Optional[int], typer.Option(help="Seed of random numbers.", min=0)]
+FailIf = Annotated[
+    Optional[list[str]],
+    typer.Option("--fail-if", help='A gate, e.g. "relative_error>0.1"; exit 4 when it holds.'),
+]
+ReportFile = Annotated[
+    Optional[Path], typer.Option("--report", help="Write the report (JSON) here, gate or not.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
+NoFsync = Annotated[
+    bool, typer.Option("--no-fsync", help="Do not wait for the disk (a power cut may lose OUT).")
+]
+ContentHash = Annotated[
+    bool, typer.Option("--content-hash", help="Record a SHA-256 of the source's weights too.")
+]
+Shard = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, e.g. 5GB.")]
+Words = Annotated[
+    Optional[list[str]],
+    typer.Argument(
+        help="MODEL, then passes: name or name:key=value,... (with --recipe: MODEL alone).",
+        metavar="MODEL [PASS]...",
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def run(
+    words: Words = None,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", "-o", help="The output directory.")
+    ] = None,
+    recipe: RecipeFile = None,
+    format: FormatName = None,
+    untouched: Untouched = None,
+    jobs: Jobs = 0,
+    memory: Memory = "1GB",
+    seed: Seed = None,
+    fail_if: FailIf = None,
+    report: ReportFile = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    allow_pickle: Pickle = False,
+    no_fsync: NoFsync = False,
+    content_hash: ContentHash = False,
+    max_shard_size: Shard = "5GB",
+    json: Json = False,
+) -> None:
+    """Compress a checkpoint: the main job."""
+    if out is None:
+        raise UsageError("no output directory given", hint="add -o OUT")
+    model, job = _job(words or [], recipe, seed)
+    _run(
+        model,
+        job,
+        out,
+        options=_options(format, untouched, jobs, memory, max_shard_size),
+        fail_if=fail_if or [],
+        report=report,
+        overwrite=overwrite,
+        resume=resume,
+        allow_pickle=allow_pickle,
+        fsync=not no_fsync,
+        content_hash=content_hash,
+        json=json,
+    )
+
+
+@app.command()
+def plan(
+    words: Words = None,
+    recipe: RecipeFile = None,
+    format: FormatName = None,
+    untouched: Untouched = None,
+    jobs: Jobs = 0,
+    memory: Memory = "1GB",
+    seed: Seed = None,
+    survey: Annotated[
+        bool, typer.Option("--survey", help="Read the weights once, for exact bytes.")
+    ] = False,
+    allow_pickle: Pickle = False,
+    max_shard_size: Shard = "5GB",
+    json: Json = False,
+) -> None:
+    """Say what `run` would do: bytes, memory, disk, reads. Writes nothing."""
+    from compress import survey as surveys
+    from compress.checkpoint import open_checkpoint
+    from compress.plan import make_plan
+    from compress.show_plan import plan_body, print_plan
+
+    model, job = _job(words or [], recipe, seed)
+    options = _options(format, untouched, jobs, memory, max_shard_size)
+    with open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint:
+        made = make_plan(checkpoint, job, options)
+        if survey:
+            with _progress() as progress:
+                made = surveys.decide_all(made, progress)
+        body = plan_body(made)
+    _emit(body, json, lambda: print_plan(body, _console()))
+
+
+@app.command()
+def inspect(
+    model: Model,
+    values: Annotated[
+        bool, typer.Option("--values", help="Read the weights: zeros, extremes, outliers.")
+    ] = False,
+    spectra: Annotated[
+        bool, typer.Option("--spectra", help="Singular values too: energy of rank 16, 64.")
+    ] = False,
+    allow_pickle: Pickle = False,
+    json: Json = False,
+) -> None:
+    """List tensors, dtypes, sizes and roles; with --values what the weights look like."""
+    from compress.inspection import inspect_model, print_inspection
+
+    body = inspect_model(model, values=values, spectra=spectra, allow_pickle=allow_pickle)
+    _emit(body, json, lambda: print_inspection(body, _console()))
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="An output of this tool.")],
+    source: Annotated[
+        Optional[Path],
+        typer.Option("--source", help="Check untouched tensors against the original too."),
+    ] = None,
+    allow_pickle: Pickle = False,
+    json: Json = False,
+) -> None:
+    """Check an output: manifest, hashes, headers, finite values."""
+    from compress.verification import verify_output
+
+    body = verify_output(out, source=source, allow_pickle=allow_pickle)
+    _emit(body, json, lambda: typer.echo(body["summary"]))
+
+
+@app.command()
+def unpack(
+    out: Annotated[Path, typer.Argument(help="An output of this tool.")],
+    dense: Annotated[Path, typer.Option("--out", "-o", help="The plain checkpoint to write.")],
+    overwrite: Overwrite = False,
+    no_fsync: NoFsync = False,
+    json: Json = False,
+) -> None:
+    """Write the compressed checkpoint back as a plain one of the source's dtype."""
+    from compress.unpacking import unpack_output
+
+    with _progress() as progress:
+        body = unpack_output(
+            out, dense, overwrite=overwrite, fsync=not no_fsync, progress=progress
+        )
+    _emit(body, json, lambda: typer.echo(body["summary"]))
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(help="The reference checkpoint.")],
+    b: Annotated[Path, typer.Argument(help="The other: plain or an output of this tool.")],
+    allow_pickle: Pickle = False,
+    json: Json = False,
+) -> None:
+    """Compare two checkpoints tensor by tensor."""
+    from compress.comparison import diff_models, print_diff
+
+    body = diff_models(a, b, allow_pickle=allow_pickle)
+    _emit(body, json, lambda: print_diff(body, _console()))
+
+
+@app.command()
+def kernels(json: Json = False) -> None:
+    """Say which kernels run here, with which instruction set, and why."""
+    from compress import kernels as module
+
+    found = module.backend()
+    body = {"backend": found.name, "isa": found.isa, "reason": found.reason}
+    _emit(body, json, lambda: typer.echo(f"{found.name} ({found.isa}): {found.reason}"))
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"compress {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: one line for an error, the exit code of its kind, no traceback."""
+    _register_one_pass_commands(sys.argv[1:])
+    _catch_signals()
+    try:
+        app(prog_name="compress")
+    except CompressError as error:
+        _fail(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except MemoryError:
+        _fail(_resource("out of memory", "use fewer --jobs or a smaller --memory"))
+    except OSError as error:
+        _fail(from_os_error(error, doing="I/O failed"))
+    except Exception as error:  # noqa: BLE001  the one place that turns a bug into exit 1
+        if os.environ.get("COMPRESS_DEBUG"):
+            raise
+        message = f"internal error: {type(error).__name__}: {show(str(error), 200)}"
+        _fail(CompressError(message, hint="COMPRESS_DEBUG=1 shows where; please report it"))
+
+
+def _job(words: list[str], recipe_file: Path | None, seed: int | None) -> tuple[Path, Recipe]:
+    """MODEL and the recipe, from words or a file."""
+    from dataclasses import replace
+
+    from compress.recipe import Recipe, parse_pass, read_recipe
+
+    if recipe_file is not None:
+        job = read_recipe(recipe_file)
+        if len(words) > 1:
+            raise UsageError(
+                f"{show(words[1])}: with --recipe the one argument is MODEL",
+                hint="put the passes in the recipe",
+            )
+        model = words[0] if words else job.model
+        if model is None:
+            raise UsageError("no model given", hint="name it, or put `model:` in the recipe")
+    else:
+        if not words:
+            raise UsageError("no model given", hint="compress run MODEL -o OUT PASS...")
+        model = words[0]
+        job = Recipe(passes=tuple(parse_pass(word) for word in words[1:]))
+    return Path(model), job if seed is None else replace(job, seed=seed)
+
+
+def _options(
+    format: str | None, untouched: str | None, jobs: int, memory: str, shard: str
+) -> Options:
+    from compress.plan import Options
+    from compress.recipe import FORMATS, UNTOUCHED
+
+    for flag, value, known in (("--format", format, FORMATS), ("--untouched", untouched, UNTOUCHED)):
+        if value is not None and value not in known:
+            raise UsageError(f"{flag} {show(value)}: unknown", hint=f"one of {', '.join(known)}")
+    return Options(
+        format=format,
+        untouched=untouched,
+        jobs=jobs,
+        memory=_bytes("--memory", memory),
+        max_shard_bytes=_bytes("--max-shard-size", shard),
+    )
+
+
+def _bytes(flag: str, text: str) -> int:
+    """`2GB`, `512MiB`, `1e9` as bytes."""
+    import re
+
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    units |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in units:
+        raise UsageError(f"{flag} {show(text)}: not a size", hint="e.g. 2GB or 512MiB")
+    value = int(float(match[1]) * units[match[2]])
+    if value < 1 << 20:
+        raise UsageError(f"{flag} {show(text)}: less than 1 MiB")
+    return value
+
+
+def _run(
+    model: Path,
+    job: Recipe,
+    out: Path,
+    *,
+    options: Options,
+    fail_if: list[str],
+    report: Path | None,
+    overwrite: bool,
+    resume: bool,
+    allow_pickle: bool,
+    fsync: bool,
+    content_hash: bool,
+    json: bool,
+) -> None:
+    from compress.checkpoint import open_checkpoint
+    from compress.checkpoint.writer import check_out
+    from compress.plan import make_plan
+    from compress.recipe import Gate
+    from compress.report import print_report
+    from compress.run import RunOptions
+    from compress.run import run as run_plan
+
+    gates = (*job.gates, *(Gate.parse(text) for text in fail_if))
+    check_out(Path(os.path.abspath(out)), overwrite=overwrite)
+    with open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint:
+        made: Plan = make_plan(checkpoint, job, options)
+        for warning in made.warnings:
+            if json:
+                typer.echo(f"warning: {warning}", err=True)
+        settings = RunOptions(overwrite, resume, fsync, report, content_hash, gates)
+        with _progress() as progress:
+            result = run_plan(made, out, settings, progress)
+    _emit(result.body, json, lambda: print_report(result, _console()), raw=result.to_json)
+
+
+def _emit(
+    body: Any, json: bool, show_it: Callable[[], None], raw: Callable[[], bytes] | None = None
+) -> None:
+    """JSON or words, on standard output."""
+    if not json:
+        show_it()
+        return
+    if raw is not None:
+        typer.echo(raw().decode(), nl=False)
+        return
+    import json as codec
+
+    typer.echo(codec.dumps(body, indent=1))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # Off a terminal rich would fold at 80 columns; a pipe or a log gets whole lines.
+    wide = None if sys.stdout.isatty() else 160
+    return Console(highlight=False, markup=False, emoji=False, width=wide)
+
+
+class _progress:  # noqa: N801  reads as a word at the call
+    """A bar on standard error, and only where that is a terminal."""
+
+    def __enter__(self) -> Progress:
+        from compress.run import silent
+
+        self._bar: Any = None
+        if not sys.stderr.isatty():
+            return silent
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._bar.start()
+        task = self._bar.add_task("reading", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            self._bar.update(task, description=what, completed=done, total=max(1, total))
+
+        return update
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _register_one_pass_commands(arguments: list[str]) -> None:
+    """Add the four one-pass commands; only the one that is called loads its options."""
+    for name, text in ONE_PASS.items():
+        if name in arguments[:1]:
+            from compress.pass_command import make_command
+
+            app.command(name, help=text)(make_command(name, _run_one))
+        else:
+
+            def stub() -> None:
+                """Replaced when the command is called."""
+
+            app.command(name, help=text)(stub)
+
+
+def _run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
+    from compress.recipe import Recipe
+
+    _run(
+        model,
+        Recipe(passes=(one,), seed=common["seed"] or 0),
+        common["out"],
+        options=_options(
+            common["format"], common["untouched"], common["jobs"], common["memory"], "5GB"
+        ),
+        fail_if=common["fail_if"] or [],
+        report=common["report"],
+        overwrite=common["overwrite"],
+        resume=common["resume"],
+        allow_pickle=common["allow_pickle"],
+        fsync=not common["no_fsync"],
+        content_hash=False,
+        json=common["json"],
+    )
+
+
+def _catch_signals() -> None:
+    import signal
+
+    def stop(number: int, _frame: object) -> None:
+        raise Interrupted(number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _resource(message: str, hint: str) -> CompressError:
+    from compress.errors import ResourceError
+
+    return ResourceError(message, hint=hint)
+
+
+def _fail(error: CompressError) -> None:
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Opening an output directory: the original tensors again, decoded from what was stored.
+
+The arrays that the record in `__metadata__` promises are checked against the files' headers when
+the output is opened, so that decoding meets no surprise but damaged values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from compress import formats
+from compress.checkpoint import Checkpoint, open_checkpoint, read_config
+from compress.checkpoint.directory import find_sidecars
+from compress.checkpoint.files import InputFile, open_inside, resolve_inside
+from compress.checkpoint.safetensors import read_header
+from compress.errors import InputError, UsageError, show
+from compress.formats import metadata
+from compress.formats.arrays import plain
+from compress.formats.base import MODEL, ArraySpec, Entry, Format
+from compress.roles import assign_roles
+from compress.tensor import Array, Tensor, TensorInfo
+
+# What may be the weights of an output, in order of preference.
+_ENTRANCES = (
+    "model.compress.safetensors.index.json",
+    "model.compress.safetensors",
+    "model.safetensors.index.json",
+    "model.safetensors",
+)
+# Files that belong to an output, not to the model it was made from.
+_OWN_FILES = frozenset({"manifest.json", "recipe.yaml"})
+_OWN_PREFIXES = ("report.", "adapter/")
+_NOT_ALIASES = frozenset({"format", metadata.KEY})
+
+
+class CompressedCheckpoint(Checkpoint):
+    """An output of this tool, read as the checkpoint it was made from.
+
+    `infos`, `read` and the other methods speak of the original tensors: names, dtypes, shapes,
+    decoded values. `tensor` gives a tensor with its terms, `stored` the files as they are.
+    """
+
+    def __init__(
+        self, path: Path, stored: Checkpoint, parts: dict[str, Checkpoint], fmt: Format
+    ) -> None:
+        super().__init__(path, Path(os.path.realpath(path)), {})
+        self.stored = stored
+        self.format = fmt
+        self.entries: dict[str, Entry] = {}
+        self._parts = {MODEL: stored, **parts}
+        self._originals: dict[str, TensorInfo] = {}
+        self._last: tuple[str, Array] | None = None
+        self._lock = threading.Lock()
+
+    def read(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Array:
+        """Rows [start, stop) of the first axis, decoded, in the source's dtype.
+
+        Raises UsageError for rows outside the tensor, InputError for damaged arrays.
+        """
+        known = self.info(info.name)
+        if known.name not in self.entries:
+            return self.stored.read(known, start, stop)
+        rows = known.shape[0]
+        stop = rows if stop is None else stop
+        if not 0 <= start <= stop <= rows:
+            raise UsageError(
+                f"tensor '{show(known.name)}': range {start}:{stop} is outside 0:{rows}"
+            )
+        return np.array(self._decoded(known)[start:stop])
+
+    def read_bytes(self, info: TensorInfo, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of the tensor's decoded data."""
+        known = self.info(info.name)
+        if known.name not in self.entries:
+            return self.stored.read_bytes(known, start, stop)
+        if not 0 <= start <= stop <= known.nbytes:
+            raise UsageError(
+                f"tensor '{show(known.name)}': range {start}:{stop} is outside 0:{known.nbytes}"
+            )
+        flat = self._decoded(known).reshape(-1).view(np.uint8)
+        part: Array = np.array(flat[start:stop])
+        return memoryview(part)
+
+    def read_into(self, info: TensorInfo, start: int, buffer: memoryview) -> None:
+        """Fill a contiguous, writable buffer from byte `start` of the tensor's decoded data."""
+        known = self.info(info.name)
+        if known.name not in self.entries:
+            self.stored.read_into(known, start, buffer)
+        elif buffer.nbytes:
+            buffer.cast("B")[:] = self.read_bytes(known, start, start + buffer.nbytes)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor with its terms; one that was left alone has only its values."""
+        info = self.info(name)
+        entry = self.entries.get(name)
+        if entry is None:
+            return Tensor(info, info.to_matrix(self.stored.read(info)))
+        return self.format.unpack(entry, self._fetch)
+
+    def info(self, name: str) -> TensorInfo:
+        """The original tensor called `name`. Raises UsageError if there is none."""
+        found = self._originals.get(name)
+        if found is None:
+            raise UsageError(f"{show(str(self.path))}: no tensor named '{show(name)}'")
+        return found
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the fingerprints of all weight files."""
+        return self._digest(Checkpoint.fingerprint)
+
+    def content_hash(self) -> str:
+        """SHA-256 over the content of all weight files and the config: reads everything."""
+        return self._digest(Checkpoint.content_hash)
+
+    def check_unchanged(self) -> None:
+        """Raises InputError if a weight file was written to since it was opened."""
+        for part in self._parts.values():
+            part.check_unchanged()
+
+    def close(self) -> None:
+        """Close every file; a second call does nothing."""
+        for part in self._parts.values():
+            part.close()
+
+    def _digest(self, of: Callable[[Checkpoint], str]) -> str:
+        digest = hashlib.sha256()
+        for name, part in sorted(self._parts.items()):
+            digest.update(f"{name} {of(part)}\n".encode())
+        return digest.hexdigest()
+
+    def _fetch(self, part: str, name: str) -> Array:
+        checkpoint = self._parts[part]
+        return checkpoint.read(checkpoint.info(name))
+
+    def _decoded(self, info: TensorInfo) -> Array:
+        """The whole tensor in the source's dtype; the last one is kept for readers of slices."""
+        with self._lock:
+            last = self._last
+        if last is not None and last[0] == info.name:
+            return last[1]
+        values = np.ascontiguousarray(info.from_matrix(plain(self.tensor(info.name))))
+        with self._lock:
+            self._last = (info.name, values)
+        return values
+
+    def _load(self, entries: dict[str, Entry]) -> None:
+        """Check that the files hold what the record says, and list the original tensors."""
+        taken: dict[str, str] = {}
+        for entry in entries.values():
+            if reason := self.format.refuses(entry.info, entry.terms):
+                raise self._damaged(f"tensor {show(entry.info.name)}: {reason}")
+            for spec in self.format.layout(entry.info, entry.terms):
+                self._check(spec)
+                if spec.part == MODEL:
+                    taken[spec.name] = entry.info.name
+        self.entries = entries
+        infos: dict[str, TensorInfo] = {}
+        for stored in self.stored.infos():
+            name = taken.get(stored.name, stored.name)
+            if name in entries:
+                infos[name] = replace(entries[name].info, file=stored.file)
+            elif name in infos:
+                raise self._damaged(f"two tensors are called {show(name)}")
+            else:
+                infos[name] = stored
+        # Roles of tensors that were left alone follow from the config and the original names.
+        found = assign_roles(list(infos.values()), self.config)
+        self._infos = [infos[i.name] if i.name in entries else i for i in found]
+        self._originals = {i.name: i for i in self._infos}
+        for alias, kept in self.stored.metadata.items():
+            if kept in infos and alias not in infos and alias not in _NOT_ALIASES:
+                self.aliases[alias] = kept
+
+    def _check(self, spec: ArraySpec) -> None:
+        if spec.part not in self._parts:
+            raise self._damaged(f"the file of {show(spec.name)} is missing")
+        try:
+            stored = self._parts[spec.part].info(spec.name)
+        except UsageError:
+            raise self._damaged(f"the array {show(spec.name)} is missing") from None
+        if stored.dtype != spec.dtype or stored.shape != spec.shape:
+            raise self._damaged(
+                f"the array {show(spec.name)} is {stored.dtype} {list(stored.shape)},"
+                f" not {spec.dtype} {list(spec.shape)}"
+            )
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(
+            f"{show(str(self.path))}: {what}", hint="compress verify says which file was changed"
+        )
+
+
+def is_compressed(path: str | Path) -> bool:
+    """Whether `path` is an output directory whose weight files carry this tool's record."""
+    directory = os.path.realpath(path)
+    if not os.path.isdir(directory):
+        return False
+    entrance = _entrance(directory)
+    if entrance is None:
+        return False
+    try:
+        names = _weight_files(directory, entrance)
+        return metadata.is_present(_metadata_of(directory, names[0]))
+    except InputError:
+        return False  # whoever opens it says what is wrong with it
+
+
+def open_output(path: str | Path) -> CompressedCheckpoint:
+    """Open an output directory. Raises UsageError if it is none, InputError if it is damaged."""
+    directory = os.path.realpath(path)
+    entrance = _entrance(directory) if os.path.isdir(directory) else None
+    if entrance is None:
+        raise UsageError(
+            f"{show(str(path))}: not an output directory of this tool",
+            hint="name the directory that was given as -o",
+        )
+    opened: list[Checkpoint] = []
+    try:
+        opened.append(open_checkpoint(Path(directory) / entrance, allow_quantized=True))
+        format_name, entries = _records(directory, entrance)
+        parts: dict[str, Checkpoint] = {}
+        for part, relative in _part_files(directory):
+            parts[part] = open_checkpoint(resolve_inside(directory, relative))
+            opened.append(parts[part])
+        checkpoint = CompressedCheckpoint(
+            Path(path), opened[0], parts, _format_of(format_name, str(path))
+        )
+        _add_surroundings(checkpoint, directory)
+        checkpoint._load(entries)
+    except BaseException:
+        for one in opened:
+            one.close()
+        raise
+    return checkpoint
+
+
+def open_any(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """Open a plain checkpoint or an output of this tool, whichever `path` is.
+
+    Raises UsageError if nothing is there, InputError for malformed content.
+    """
+    if is_compressed(path):
+        return open_output(path)
+    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+    if metadata.is_present(checkpoint.metadata):
+        checkpoint.close()
+        raise UsageError(
+            f"{show(str(path))}: one file of a compressed checkpoint",
+            hint="name the directory that it lies in",
+        )
+    return checkpoint
+
+
+def _entrance(directory: str) -> str | None:
+    """The index or lone weight file of an output, by its fixed names."""
+    return next((n for n in _ENTRANCES if os.path.lexists(os.path.join(directory, n))), None)
+
+
+def _weight_files(directory: str, entrance: str) -> list[str]:
+    if not entrance.endswith(".json"):
+        return [entrance]
+    from compress.checkpoint.index import read_index
+
+    with _opened(directory, entrance) as file:
+        return read_index(file, ".safetensors").shards
+
+
+def _records(directory: str, entrance: str) -> tuple[str, dict[str, Entry]]:
+    """(format, entries by name) from the metadata of every weight file."""
+    names: set[str] = set()
+    entries: dict[str, Entry] = {}
+    for file in _weight_files(directory, entrance):
+        format_name, found = metadata.decode(_metadata_of(directory, file))
+        names.add(format_name)
+        for entry in found:
+            if entry.info.name in entries:
+                raise InputError(f"{show(file)}: tensor {show(entry.info.name)} is recorded twice")
+            entries[entry.info.name] = entry
+    if len(names) != 1:
+        raise InputError("the weight files were written in different formats")
+    return names.pop(), entries
+
+
+def _metadata_of(directory: str, name: str) -> dict[str, str]:
+    with _opened(directory, name) as file:
+        return read_header(file).metadata
+
+
+class _opened:
+    """An InputFile as a context manager."""
+
+    def __init__(self, directory: str, name: str) -> None:
+        self._file = open_inside(directory, name)
+
+    def __enter__(self) -> InputFile:
+        return self._file
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _part_files(directory: str) -> Iterator[tuple[str, str]]:
+    """(part, relative path) of the files beside the weights that exist."""
+    from compress.layout import PART_FILES
+
+    for part, relative in PART_FILES.items():
+        if os.path.lexists(os.path.join(directory, relative)):
+            yield part, relative
+
+
+def _format_of(name: str, where: str) -> Format:
+    if name not in formats.NAMES:
+        raise InputError(
+            f"{show(where)}: written in the unknown format {show(name)}",
+            hint="a newer version of this program wrote it",
+        )
+    return formats.get(name)
+
+
+def _add_surroundings(checkpoint: CompressedCheckpoint, directory: str) -> None:
+    """The config as it was before quantization, and the files that came from the source."""
+    stored = checkpoint.stored
+    checkpoint.metadata = {k: v for k, v in stored.metadata.items() if k != metadata.KEY}
+    if os.path.lexists(os.path.join(directory, "config.json")):
+        config = read_config(resolve_inside(directory, "config.json"), allow_quantized=True)
+        config.pop("quantization_config", None)
+        checkpoint.config = config
+        checkpoint.config_bytes = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    found = find_sidecars(directory, {"config.json"})
+    checkpoint.sidecars = [
+        name
+        for name in found.files
+        if name not in _OWN_FILES and not name.startswith(_OWN_PREFIXES)
+    ]
+    checkpoint.code_files = [n for n in found.code if n in checkpoint.sidecars]

@@ -1,0 +1,267 @@
+"""What a run cost: one JSON document, its metrics for gates, and a table for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from compress import __version__
+from compress.checkpoint.writer import nbytes_of
+from compress.errors import show
+from compress.layout import Layout, specs_of
+from compress.plan import Plan
+from compress.recipe import Gate
+from compress.tiles import TensorPlan
+from compress.work import Sums
+
+# A plain rounding whose error is lower by more than this share wins; less is a draw.
+_MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Report:
+    """The document and the metrics that gates read."""
+
+    body: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metric name -> value, for every name in `recipe.GATE_METRICS`."""
+        totals = self.body["totals"]
+        return {
+            "relative_error": totals["relative_error"],
+            "max_relative_error": totals["max_relative_error"],
+            "bytes": float(totals["bytes_after"]),
+            "bits_per_weight": totals["bits_per_weight"],
+            "bits_per_weight_total": totals["bits_per_weight_total"],
+            "sparsity": totals["sparsity"],
+        }
+
+    def failed(self, gates: tuple[Gate, ...]) -> list[str]:
+        """One line for every gate that fails."""
+        return [
+            f"{gate.metric} is {self.metrics[gate.metric]:.6g}, the gate fails at {gate}"
+            for gate in gates
+            if gate.fails(self.metrics)
+        ]
+
+    def to_json(self) -> bytes:
+        """The document as JSON (no NaN: a figure that does not exist is null)."""
+        return (json.dumps(_no_nan(self.body), indent=1) + "\n").encode()
+
+
+def row(plan: Plan, tensor: TensorPlan, sums: Sums) -> dict[str, Any]:
+    """One tensor's line: bytes, bits, sparsity, errors, seconds."""
+    info = tensor.info
+    after = sum(nbytes_of(s.dtype, s.shape) for s in specs_of(tensor, plan.format))
+    plain = _ratio(sums.plain_squared_error, sums.plain_squared_norm)
+    codes = tensor.terms.codes
+    return {
+        "name": info.name,
+        "role": info.role.value,
+        "dtype": info.dtype,
+        "shape": list(info.shape),
+        "passes": list(tensor.terms.passes),
+        "bits": codes.bits if codes is not None else None,
+        "group_size": codes.group_size if codes is not None else None,
+        "rank": tensor.terms.rank,
+        "outliers": tensor.terms.outliers[1],
+        "bytes_before": info.nbytes,
+        "bytes_after": after,
+        "bits_per_weight": 8 * after / info.size if info.size else 0.0,
+        "sparsity": 1 - sums.nonzeros / info.size if info.size else 0.0,
+        "relative_error": _ratio(sums.squared_error, sums.squared_norm),
+        "plain_relative_error": plain if sums.plain else None,
+        "plain": sums.plain or None,
+        "seconds": round(sums.seconds, 6),
+        "squared_error": sums.squared_error,
+        "squared_norm": sums.squared_norm,
+        "extra": sums.extra,
+    }
+
+
+def build(
+    plan: Plan,
+    layout: Layout,
+    rows: list[dict[str, Any]],
+    *,
+    seconds: float,
+    peak_memory: int,
+) -> Report:
+    """The whole document of a finished run."""
+    changed = [r for r in rows if r["passes"]]
+    size = {t.info.name: t.info.size for t in plan.tensors}
+    targeted = sum(size[r["name"]] for r in changed)
+    every = sum(t.info.size for t in plan.tensors if t.info.is_float)
+    source_files = sum(t.info.nbytes for t in plan.tensors)
+    copies = sum(layout.copies.values())
+    config = len(plan.checkpoint.config_bytes or b"")
+    error = sum(r["squared_error"] for r in rows)
+    norm = sum(r["squared_norm"] for r in rows)
+    zeros = sum(r["sparsity"] * size[r["name"]] for r in changed)
+    totals = {
+        "bytes_before": source_files + copies + config,
+        "bytes_after": layout.nbytes,
+        "weight_bytes_before": source_files,
+        "weight_bytes_after": layout.weight_bytes,
+        "bits_per_weight": 8 * sum(r["bytes_after"] for r in changed) / max(1, targeted),
+        "bits_per_weight_total": 8 * layout.weight_bytes / max(1, every),
+        "weights_targeted": targeted,
+        "weights": every,
+        "sparsity": zeros / max(1, targeted),
+        "relative_error": _ratio(error, norm),
+        "max_relative_error": max((r["relative_error"] for r in rows), default=0.0),
+        "plain_relative_error": _plain_total(changed),
+        "seconds": round(seconds, 3),
+        "peak_memory": peak_memory,
+    }
+    return Report(
+        {
+            "report_version": 1,
+            "tool": {"name": "compress-checkpoints", "version": __version__},
+            "format": plan.format.name,
+            "format_reason": plan.format_reason,
+            "passes": [{"name": p.name, "facts": p.facts()} for p in plan.passes],
+            "totals": totals,
+            "verdict": _verdict(plan, totals, changed),
+            "notes": [*plan.notes, *_format_notes(plan)],
+            "warnings": list(plan.warnings),
+            "left_alone": [_left_alone(i) for i in plan.left_alone],
+            "files": layout.sizes(),
+            "tensors": rows,
+        }
+    )
+
+
+def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
+    """The report as a table: the tensors with the largest error, the totals, the verdict."""
+    body, totals = report.body, report.body["totals"]
+    changed = [r for r in body["tensors"] if r["passes"]]
+    table = Table(title=None, box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensor", overflow="ellipsis", no_wrap=True, ratio=1)
+    for heading in ("bytes", "bits/w", "zeros", "error", "plain"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    worst = sorted(changed, key=lambda r: -r["relative_error"])[:limit]
+    for r in worst:
+        table.add_row(
+            Text(show(r["name"], 48)),
+            human(r["bytes_after"]),
+            f"{r['bits_per_weight']:.2f}",
+            f"{r['sparsity']:.0%}",
+            f"{r['relative_error']:.4f}",
+            "-" if r["plain_relative_error"] is None else f"{r['plain_relative_error']:.4f}",
+        )
+    if changed:
+        shown = "all" if len(worst) == len(changed) else f"the {len(worst)} largest errors of"
+        console.print(Text(f"{shown} {len(changed)} changed tensors", style="bold"))
+        console.print(table)
+    for one in body["passes"]:
+        for key, value in one["facts"].items():
+            console.print(Text(f"{one['name']}: {key}: {_fact(value)}"))
+    ratio = totals["bytes_before"] / max(1, totals["bytes_after"])
+    console.print(
+        Text(
+            f"size {human(totals['bytes_before'])} -> {human(totals['bytes_after'])} "
+            f"({ratio:.2f}x smaller), {totals['bits_per_weight']:.2f} bits a targeted weight, "
+            f"{totals['bits_per_weight_total']:.2f} over all, format {body['format']}",
+            style="bold",
+        )
+    )
+    console.print(
+        Text(
+            f"relative error {totals['relative_error']:.4f}, largest in one tensor "
+            f"{totals['max_relative_error']:.4f}, zeros {totals['sparsity']:.1%}, "
+            f"{totals['seconds']:.1f} s, peak memory {human(totals['peak_memory'])}"
+        )
+    )
+    console.print(Text(body["verdict"]))
+    for note in body["notes"]:
+        console.print(Text(f"note: {note}"))
+    for warning in body["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def human(nbytes: float) -> str:
+    """Bytes in decimal units with three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    raise AssertionError  # the loop always returns
+
+
+def _verdict(plan: Plan, totals: Mapping[str, Any], changed: list[dict[str, Any]]) -> str:
+    """Did the result beat plain rounding at the same bytes? In one sentence."""
+    plain = totals["plain_relative_error"]
+    compared = [r for r in changed if r["plain_relative_error"] is not None]
+    if plain is None:
+        return "no plain rounding has the same bytes: nothing to compare with"
+    ours = _ratio(
+        sum(r["squared_error"] for r in compared), sum(r["squared_norm"] for r in compared)
+    )
+    loses = sum(
+        r["relative_error"] > (1 + _MARGIN) * r["plain_relative_error"] for r in compared
+    )
+    figures = f"relative error {ours:.4f} against {plain:.4f} of plain rounding at the same bytes"
+    if ours <= plain * (1 + _MARGIN):
+        better = (
+            f", {1 - ours / plain:.1%} lower" if plain > 0 and ours < plain * (1 - _MARGIN) else ""
+        )
+        return f"verdict: {figures}{better}"
+    blame = "the low-rank residual loses to" if any(r["rank"] for r in compared) else "loses to"
+    zeros = any(t.terms.nonzeros is not None for t in plan.tensors)
+    why = " (pruning costs more than it saves here)" if zeros else ""
+    return (
+        f"verdict: {blame} spending the bytes on bits: {figures}, worse in {loses} of "
+        f"{len(compared)} tensors{why}"
+    )
+
+
+def _plain_total(changed: list[dict[str, Any]]) -> float | None:
+    """Plain rounding's relative error over the tensors that could be compared."""
+    compared = [r for r in changed if r["plain_relative_error"] is not None]
+    if not compared:
+        return None
+    error = sum(r["plain_relative_error"] ** 2 * r["squared_norm"] for r in compared)
+    return _ratio(error, sum(r["squared_norm"] for r in compared))
+
+
+def _format_notes(plan: Plan) -> list[str]:
+    notes = [f"format {plan.format.name}: {plan.format_reason}"]
+    notes += plan.format.notes([t.terms for t in plan.tensors], [t.info for t in plan.tensors])
+    return notes
+
+
+def _left_alone(info: Any) -> dict[str, Any]:
+    return {"name": info.name, "role": info.role.value, "bytes": info.nbytes}
+
+
+def _ratio(error: float, norm: float) -> float:
+    if norm > 0:
+        return math.sqrt(error / norm)
+    return 0.0 if error == 0 else math.inf
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | dict):
+        return show(json.dumps(value), 400)
+    return show(str(value), 200)
+
+
+def _no_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _no_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_no_nan(v) for v in value]
+    return value

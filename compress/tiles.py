@@ -1,0 +1,111 @@
+"""Cutting a tensor into tiles: the unit that is read, worked on by one thread, and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.checkpoint import Checkpoint
+from compress.passes.base import Pass, Terms
+from compress.tensor import DTYPES, Role, Tensor, TensorInfo
+
+TILE_BYTES = 16 << 20  # of source: large enough to amortise Python, small enough for the cache
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor: the indices of its passes, the terms it ends with, a cast."""
+
+    info: TensorInfo
+    steps: tuple[int, ...] = ()
+    terms: Terms = Terms()
+    cast: str | None = None  # dtype tag that `--untouched` gives it
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows [start, stop) of a tensor's matrix; bytes [start, stop) where `raw`."""
+
+    tensor: TensorPlan
+    start: int
+    stop: int
+    raw: bool
+    cost: int  # bytes of memory while it is worked on, at most
+
+
+def cut(tensor: TensorPlan, passes: Sequence[Pass], tile_bytes: int = TILE_BYTES) -> list[Tile]:
+    """The tiles of one tensor in order; one tile where a pass or the format needs it whole."""
+    info = tensor.info
+    works = [passes[i] for i in tensor.steps]
+    if not tensor.terms.changed and tensor.cast is None and not tensor.terms.outliers[1]:
+        starts = range(0, info.nbytes, tile_bytes) if info.nbytes else range(0, 1)
+        return [
+            Tile(tensor, s, min(s + tile_bytes, info.nbytes), True, min(tile_bytes, info.nbytes))
+            for s in starts
+        ]
+    rows, columns = info.matrix_shape
+    terms = tensor.terms
+    whole = (
+        info.role is Role.CONV1D
+        or terms.rank > 0
+        or terms.outliers[1] > 0
+        or (terms.nonzeros is not None and terms.codes is not None)
+        or not all(p.row_wise(info) for p in works)
+    )
+    row_bytes = max(1, columns * DTYPES[info.dtype].itemsize)
+    step = rows if whole else max(1, tile_bytes // row_bytes)
+    bounds = [(r, min(r + step, rows)) for r in range(0, rows, max(1, step))] or [(0, 0)]
+    return [Tile(tensor, a, b, False, _cost(tensor, b - a)) for a, b in bounds]
+
+
+def survey_tiles(tensor: TensorPlan, tile_bytes: int = TILE_BYTES) -> list[Tile]:
+    """Row tiles for a survey, which is row-wise for every pass (Conv1D is transposed whole)."""
+    info = tensor.info
+    rows, columns = info.matrix_shape
+    row_bytes = max(1, columns * DTYPES[info.dtype].itemsize)
+    step = rows if info.role is Role.CONV1D else max(1, tile_bytes // row_bytes)
+    bounds = [(r, min(r + step, rows)) for r in range(0, rows, max(1, step))]
+    return [Tile(tensor, a, b, False, 2 * (b - a) * row_bytes) for a, b in bounds]
+
+
+def read_tile(checkpoint: Checkpoint, tile: Tile) -> Tensor:
+    """The source weights of a tile, as a matrix in the source's dtype."""
+    info = tile.tensor.info
+    rows, columns = info.matrix_shape
+    dtype = DTYPES[info.dtype]
+    if info.role is Role.CONV1D and len(info.shape) == 2:
+        return Tensor(info, info.to_matrix(checkpoint.read(info)))
+    source = np.empty((tile.stop - tile.start, columns), dtype)
+    if source.size:
+        view = memoryview(source.view(np.uint8).reshape(-1))
+        checkpoint.read_into(info, tile.start * columns * dtype.itemsize, view)
+    return Tensor(info, source, first_row=tile.start)
+
+
+def _cost(tensor: TensorPlan, rows: int) -> int:
+    """Bytes that working on `rows` rows takes at most: source, terms, scratch and packed result.
+
+    The factors were set from measured peaks (bench/memory.py) and err on the high side.
+    """
+    info, terms = tensor.info, tensor.terms
+    itemsize = DTYPES[info.dtype].itemsize
+    size = rows * info.matrix_shape[1]
+    per_weight = float(itemsize)
+    if info.dtype not in ("F32", "F16", "BF16"):
+        per_weight += 4  # widened to float32 first
+    if terms.nonzeros is not None:
+        per_weight += 1 + (0 if terms.codes is not None else 8 + itemsize)
+    if terms.codes is not None:
+        per_weight += 1 + terms.codes.bits / 8 + 8 / max(1, terms.codes.group_size)
+        if terms.nonzeros is not None:
+            per_weight += 3
+    if terms.outliers[1]:
+        per_weight += 8
+    if terms.rank:
+        per_weight += 28
+    if tensor.cast is not None:
+        per_weight += 2 + 8
+    factors = terms.rank * (rows + info.matrix_shape[1]) * 16
+    return int(size * per_weight) + factors

@@ -1,0 +1,106 @@
+"""`unpack`: a compressed output back to a plain checkpoint of the source's dtype."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from compress.checkpoint import manifest
+from compress.checkpoint.writer import FileRecord, SafetensorsWriter, Stage
+from compress.errors import UsageError, from_os_error, show
+from compress.layout import MAX_SHARD_BYTES
+from compress.output import is_compressed, open_output
+from compress.run import Progress, silent
+from compress.tensor import TensorInfo
+
+_BLOCK = 64 << 20
+
+
+def unpack_output(
+    out: Path,
+    dense: Path,
+    *,
+    overwrite: bool = False,
+    fsync: bool = True,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Decode every tensor of `out` into the plain checkpoint `dense`, staged like a run."""
+    if not is_compressed(out):
+        raise UsageError(
+            f"{show(str(out))}: not a compressed output", hint="a plain checkpoint needs no unpack"
+        )
+    started = time.perf_counter()
+    with open_output(out) as checkpoint:
+        stage = Stage(dense, overwrite=overwrite, resume=False, fsync=fsync)
+        try:
+            files = _write(checkpoint, stage, progress)
+            if checkpoint.config_bytes is not None:
+                files["config.json"] = stage.write_file("config.json", checkpoint.config_bytes)
+            for name in checkpoint.sidecars:
+                files[name] = stage.copy_file(name, out / name)
+            body = manifest.build(
+                files,
+                source={"fingerprint": checkpoint.fingerprint()},
+                recipe={"unpack": True},
+                format_name="dense",
+                run={"seconds": round(time.perf_counter() - started, 3)},
+            )
+            stage.write_file(manifest.NAME, body)
+            stage.publish()
+        except OSError as error:
+            stage.abandon()
+            raise from_os_error(error, doing="cannot write the output") from error
+        except BaseException:
+            stage.abandon()
+            raise
+        tensors = len(checkpoint.infos())
+    nbytes = sum(r.nbytes for r in files.values())
+    return {
+        "tensors": tensors,
+        "bytes": nbytes,
+        "summary": f"unpacked {tensors} tensors, {nbytes:,} bytes, to {dense}",
+    }
+
+
+def _write(checkpoint: Any, stage: Stage, progress: Progress) -> dict[str, FileRecord]:
+    """The plain weight files, sharded as the hub's own tools do."""
+    infos: list[TensorInfo] = checkpoint.infos()
+    groups: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in infos:
+        if groups[-1] and filled + info.nbytes > MAX_SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(info)
+        filled += info.nbytes
+    total, done = sum(i.nbytes for i in infos), 0
+    files: dict[str, FileRecord] = {}
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        middle = "" if len(groups) == 1 else f"-{number:05d}-of-{len(groups):05d}"
+        name = f"model{middle}.safetensors"
+        names = {i.name for i in group}
+        tied = {a: k for a, k in checkpoint.aliases.items() if k in names}
+        specs = [(i.name, i.dtype, i.shape) for i in group]
+        writer = SafetensorsWriter(stage, name, specs, {"format": "pt"} | tied)
+        try:
+            for info in group:
+                for start in range(0, info.nbytes, _BLOCK):
+                    stop = min(info.nbytes, start + _BLOCK)
+                    writer.write(checkpoint.read_bytes(info, start, stop))
+                done += info.nbytes
+                weight_map[info.name] = name
+                progress("unpack", done, total)
+            files[name] = writer.finish()
+        finally:
+            writer.close()
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        content = (json.dumps(index, indent=2) + "\n").encode()
+        files["model.safetensors.index.json"] = stage.write_file(
+            "model.safetensors.index.json", content
+        )
+    return files
+
