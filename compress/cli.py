@@ -255,9 +255,6 @@ def main() -> None:
         app(prog_name="compress")
     except CompressError as error:
         _fail(error)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except MemoryError:
         _fail(_resource("out of memory", "use fewer --jobs or a smaller --memory"))
     except OSError as error:
@@ -365,24 +362,31 @@ def _run(
 def _emit(
     body: Any, json: bool, show_it: Callable[[], None], raw: Callable[[], bytes] | None = None
 ) -> None:
-    """JSON or words, on standard output."""
-    if not json:
-        show_it()
-        return
-    if raw is not None:
-        typer.echo(raw().decode(), nl=False)
-        return
+    """JSON or words, on standard output; a reader that has gone away is no error."""
     import json as codec
 
-    typer.echo(codec.dumps(body, indent=1))
+    try:
+        if not json:
+            show_it()
+        elif raw is not None:
+            typer.echo(raw().decode(), nl=False)
+        else:
+            typer.echo(codec.dumps(body, indent=1))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _console() -> Any:
     from rich.console import Console
 
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit 1; `| head` is no failure
+
     # Off a terminal rich would fold at 80 columns; a pipe or a log gets whole lines.
     wide = None if sys.stdout.isatty() else 160
-    return Console(highlight=False, markup=False, emoji=False, width=wide)
+    return Quiet(highlight=False, markup=False, emoji=False, width=wide)
 
 
 class _progress:  # noqa: N801  reads as a word at the call

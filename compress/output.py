@@ -86,8 +86,7 @@ class CompressedCheckpoint(Checkpoint):
                 f"tensor '{show(known.name)}': range {start}:{stop} is outside 0:{known.nbytes}"
             )
         flat = self._decoded(known).reshape(-1).view(np.uint8)
-        part: Array = np.array(flat[start:stop])
-        return memoryview(part)
+        return np.array(flat[start:stop]).data
 
     def read_into(self, info: TensorInfo, start: int, buffer: memoryview) -> None:
         """Fill a contiguous, writable buffer from byte `start` of the tensor's decoded data."""
@@ -164,13 +163,13 @@ class CompressedCheckpoint(Checkpoint):
         self.entries = entries
         infos: dict[str, TensorInfo] = {}
         for stored in self.stored.infos():
-            name = taken.get(stored.name, stored.name)
-            if name in entries:
-                infos[name] = replace(entries[name].info, file=stored.file)
-            elif name in infos:
-                raise self._damaged(f"two tensors are called {show(name)}")
+            owner = taken.get(stored.name)
+            if owner is not None:
+                infos[owner] = replace(entries[owner].info, file=stored.file)
+            elif stored.name in entries:
+                raise self._damaged(f"two tensors are called {show(stored.name)}")
             else:
-                infos[name] = stored
+                infos[stored.name] = stored
         # Roles of tensors that were left alone follow from the config and the original names.
         found = assign_roles(list(infos.values()), self.config)
         self._infos = [infos[i.name] if i.name in entries else i for i in found]

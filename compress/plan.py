@@ -81,7 +81,7 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the output's bytes are known."""
-        return all(t.terms.exact for t in self.tensors)
+        return self.bytes_range[0] == self.bytes_range[1]
 
     @cached_property
     def bytes_range(self) -> tuple[int, int]:

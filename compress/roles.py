@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from compress.errors import InputError, show
@@ -50,6 +50,7 @@ _NAMES: tuple[tuple[Role, tuple[str, ...]], ...] = (
     (Role.NORM, (
         r"(\w+_)?(norm|ln|layernorm|rmsnorm|batchnorm|groupnorm|bn)(_?[a-z0]{1,5})?",
         r"\w*(layernorm|layer_norm|_norm|norm0|_ln|ln_)\w{0,10}",
+        r"gamma|beta",
     )),
     (Role.BIAS, (r"(\w+_)?bias(_\w+)?",)),
     (Role.LINEAR, (r"embeddings_project|project_in|project_out", r"pwconv0?")),
@@ -97,19 +98,20 @@ _FP8_TAGS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 def assign_roles(infos: Sequence[TensorInfo], config: Mapping[str, Any] | None) -> list[TensorInfo]:
     """The same tensors in the same order, with `role` set."""
     facts = _Facts(infos, config)
-    guesses: dict[str, Role] = {}
     done = []
     for info in infos:
-        if not info.is_float or not info.shape:
-            role = Role.STATE
+        if info.is_float and info.shape:
+            pattern = _pattern(info.name)
+            role = _confirm(info, facts.guess(pattern), pattern, facts)
         else:
-            pattern = _DIGITS.sub("0", info.module.lower())
-            guess = guesses.get(pattern)
-            if guess is None:
-                guess = guesses[pattern] = _guess(pattern)
-            role = _confirm(info, guess, pattern, facts)
-        done.append(info if info.role is role else replace(info, role=role))
+            role = Role.STATE
+        done.append(info if info.role is role else _with_role(info, role))
     return done
+
+
+def _with_role(info: TensorInfo, role: Role) -> TensorInfo:
+    # dataclasses.replace takes four times as long, and headers may hold 100,000 tensors.
+    return TensorInfo(info.name, info.file, info.dtype, info.shape, info.nbytes, info.offset, role)
 
 
 class _Facts:
@@ -125,6 +127,23 @@ class _Facts:
         )
         self.model_types = {str(part.get("model_type", "")) for part in parts}
         self.is_conv1d = self._stores_conv1d()
+        self._guesses: dict[str, Role] = {}
+
+    def guess(self, pattern: str) -> Role:
+        """What the table of names says, remembered: layers repeat their names."""
+        role = self._guesses.get(pattern)
+        if role is None:
+            role = self._guesses[pattern] = _guess(pattern)
+        return role
+
+    @cached_property
+    def tables(self) -> set[tuple[int, ...]]:
+        """Shapes of the token tables."""
+        return {
+            shape
+            for name, shape in self.shapes.items()
+            if len(shape) == 2 and self.guess(_pattern(name)) is Role.EMBEDDING
+        }
 
     def bias_of(self, info: TensorInfo) -> int | None:
         """Length of the bias beside a `.weight`, None if there is none."""
@@ -150,6 +169,10 @@ class _Facts:
         if self.model_types & {"gpt2", "openai-gpt", "imagegpt"}:
             return True
         return None
+
+
+def _pattern(name: str) -> str:
+    return _DIGITS.sub("0", name.lower().removesuffix(".weight"))
 
 
 def _guess(pattern: str) -> Role:
@@ -196,11 +219,10 @@ def _matrix(info: TensorInfo, guess: Role, pattern: str, facts: _Facts) -> Role:
         return Role.EMBEDDING if bias is None else Role.LINEAR
     # A head goes by many names (`head`, `output`, `proj_out`): it has a row for every token,
     # a column for every hidden unit, and lies outside the numbered layers.
-    outside = "0" not in pattern.split(".")
-    if outside and rows in facts.vocabularies and columns in facts.hidden:
-        return Role.HEAD
-    if outside and pattern == "output" and facts.shapes.get("tok_embeddings.weight") == info.shape:
-        return Role.HEAD
+    if "0" not in pattern.split("."):
+        over_tokens = rows in facts.vocabularies and columns in facts.hidden
+        if over_tokens or info.shape in facts.tables:
+            return Role.HEAD
     if bias is not None:  # only a Linear has one; another length: stored [in, out], or not one
         return Role.LINEAR if bias == rows else Role.UNCLEAR
     return Role.LINEAR if guess is Role.LINEAR else Role.UNCLEAR

@@ -58,9 +58,9 @@ def _before(plan: Plan, tensor: TensorPlan, index: int) -> list[Pass]:
 
 def _count_open(plan: Plan, progress: Progress) -> Plan:
     """Count kept weights where a mask's size follows from the values alone (N:M over zeros)."""
-    still_open = [t for t in plan.tensors if not t.terms.exact]
-    if not still_open:
+    if plan.exact:
         return plan
+    still_open = [t for t in plan.tensors if not t.terms.exact]
     checkpoint: Checkpoint = plan.checkpoint
     kept: dict[str, int] = {}
 

@@ -18,7 +18,7 @@ from compress.passes.base import Pass, Terms, option_fields
 from compress.tensor import Array, Codes, Factors, Outliers, Role, Tensor, TensorInfo
 
 TERMS = {"mask": "mask", "codes": "codes", "factors": "factors", "outliers": "outliers"}
-_WIDTH = 2  # dimensions of a matrix
+_ZEROS = 0.05  # share of the samples
 
 
 def make_tensor(
@@ -44,7 +44,7 @@ def sample_tensors(seed: int = 0) -> list[Tensor]:
 
     def draw(rows: int, columns: int, dtype: Any) -> Array:
         values = rng.standard_t(5, (rows, columns)).astype(np.float32) / 16
-        values[rng.random(values.shape) < 0.05] = 0
+        values[rng.random(values.shape) < _ZEROS] = 0
         values[:, : columns // 8] = np.round(values[:, : columns // 8] * 8) / 8  # ties
         return values.astype(dtype)
 
@@ -90,7 +90,7 @@ def decide(pass_: Pass, tensors: Sequence[Tensor], tile_rows: int | None = None)
             raise AssertionError(f"{pass_.name}: still wants a survey after {sweeps - 1} sweeps")
         statistic = None
         for tensor in tensors:
-            for tile in tiles_of(tensor, tile_rows):
+            for tile in tiles_of(tensor, tile_rows) if pass_.surveys(tensor.info) else ():
                 one = pass_.survey(tile)
                 statistic = one if statistic is None else pass_.merge(statistic, one)
         pass_ = pass_.decide(statistic, infos)
@@ -227,9 +227,13 @@ def _check_class(cls: type[Pass]) -> None:
         if data["choices"]:
             _require(value in data["choices"], cls, f"{field.name}: default is not a choice")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            _require(data["low"] is None or value >= data["low"], cls, f"{field.name}: default too low")
             _require(
-                data["high"] is None or value <= data["high"], cls, f"{field.name}: default too high"
+                data["low"] is None or value >= data["low"], cls, f"{field.name}: default too low"
+            )
+            _require(
+                data["high"] is None or value <= data["high"],
+                cls,
+                f"{field.name}: default too high",
             )
         for spelling in (field.name, *data["aliases"]):
             _require(spelling not in names, cls, f"{spelling} means two options")
@@ -264,9 +268,8 @@ def _check_result(cls: type[Pass], before: Tensor, after: Tensor) -> None:
     name = before.info.name
     _require(after.info == before.info, cls, f"{name}: apply changed the header")
     _require(
-        after.source.dtype == before.source.dtype and np.array_equal(
-            after.source.view(np.uint8), before.source.view(np.uint8)
-        ),
+        after.source.dtype == before.source.dtype
+        and np.array_equal(after.source.view(np.uint8), before.source.view(np.uint8)),
         cls,
         f"{name}: apply replaced the source",
     )
@@ -339,7 +342,9 @@ def _check_terms(cls: type[Pass], tensor: Tensor, terms: Terms, when: str) -> No
         _require(groups == codes.scale.shape[1], cls, f"{where} {groups} groups a row")
         tags = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
         _require(
-            tags[codes.scale.dtype.name] == spec.scale_dtype, cls, f"{where} scale {spec.scale_dtype}"
+            tags[codes.scale.dtype.name] == spec.scale_dtype,
+            cls,
+            f"{where} scale {spec.scale_dtype}",
         )
     rank = 0 if tensor.factors is None else tensor.factors.rank
     _require(rank == terms.rank, cls, f"{where} rank {rank}, not {terms.rank}")
@@ -357,9 +362,7 @@ def _wrote(tensor: Tensor, cls: type[Pass]) -> bool:
     return getattr(tensor, TERMS[cls.writes]) is not None
 
 
-def _check_same(
-    cls: type[Pass], one: Sequence[Tensor], other: Sequence[Tensor], what: str
-) -> None:
+def _check_same(cls: type[Pass], one: Sequence[Tensor], other: Sequence[Tensor], what: str) -> None:
     for a, b in zip(one, other, strict=True):
         for term in TERMS.values():
             same = _term_bytes(getattr(a, term)) == _term_bytes(getattr(b, term))

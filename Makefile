@@ -1,0 +1,56 @@
+# Every target sets up what it needs in .venv; a second run installs nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := $(wildcard csrc/*.h csrc/*/*)
+
+.PHONY: help setup demo test test-fast lint format bench large soak clean
+
+help:
+	@echo "make demo    compress a real sentence encoder, verify it, compare embeddings"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make bench   the figures of docs/log.md, as ratios"
+	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
+	@echo "make soak    1000 kills"
+
+# The stamp says what was installed; it is rebuilt when the build's inputs change.
+.venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+setup: .venv/installed
+
+demo: .venv/installed
+	$(BIN)/python samples/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
+
+bench: .venv/installed
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/quality_minilm.py
+	$(BIN)/python bench/low_rank.py
+
+large: .venv/installed
+	$(BIN)/python bench/large.py
+
+soak: .venv/installed
+	$(BIN)/python bench/kills.py --kills 1000
+
+clean:
+	rm -rf .venv build dist demo-out *.egg-info compress/kernels/*.so .pytest_cache .mypy_cache .ruff_cache

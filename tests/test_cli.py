@@ -1,0 +1,106 @@
+"""The skin of the tool: help, speed of start, generated options, pipes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from toolbox import tiny_llama, tool, tool_json
+
+from compress.passes import pass_classes
+from compress.passes.base import option_fields
+
+
+def test_help_lists_every_command_and_is_quick() -> None:
+    durations = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = tool("--help")
+        durations.append(time.perf_counter() - started)
+        assert done.returncode == 0
+    for command in (
+        "run plan inspect verify unpack diff kernels prune super-weights quantize low-rank"
+    ).split():
+        assert command in done.stdout
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import numpy"], check=True)
+    # Half a second on a quiet machine; here as a ratio to starting Python with numpy alone.
+    assert min(durations) < max(0.5, 4 * (time.perf_counter() - started))
+
+
+@pytest.mark.parametrize("name", sorted(pass_classes()))
+def test_a_pass_command_offers_every_field(name: str) -> None:
+    done = tool(name, "--help")
+    assert done.returncode == 0
+    flat = done.stdout
+    for field in option_fields(pass_classes()[name]):
+        assert "--" + field.name.replace("_", "-") in flat
+
+
+def test_a_pass_command_does_what_run_does(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    one = tool_json(
+        "quantize", model, "-o", tmp_path / "a", "--bits", "8", "--group", "32", "--no-symmetric",
+        "--targets", "*mlp*", "--targets", "*q_proj",
+    )  # fmt: skip
+    other = tool_json(
+        "run", model, "-o", tmp_path / "b",
+        'quantize:bits=8,group=32,symmetric=false,targets=["*mlp*", "*q_proj"]',
+    )  # fmt: skip
+    assert (tmp_path / "a" / "recipe.yaml").read_bytes() == (
+        tmp_path / "b" / "recipe.yaml"
+    ).read_bytes()
+    assert one["totals"]["relative_error"] == other["totals"]["relative_error"]
+
+
+def test_data_free_work_never_imports_torch(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    script = (
+        "import sys; sys.argv = ['compress', 'run', sys.argv[1], '-o', sys.argv[2], "
+        "'super-weights', 'prune:sparsity=0.3', 'quantize:bits=4,group=32', 'low-rank:rank=4']\n"
+        "from compress.cli import main\n"
+        "main()\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, model, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model", layers=40)
+    with subprocess.Popen(
+        [sys.executable, "-m", "compress", "inspect", model],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    body = tool_json("run", model, "-o", tmp_path / "out", "prune:sparsity=0.5")
+    assert body["totals"]["sparsity"] == pytest.approx(0.5)
+    assert any("hurts large language models" in w for w in body["warnings"])
+
+
+def test_module_and_version() -> None:
+    assert tool("--version").stdout.startswith("compress ")
+    assert tool("kernels").returncode == 0
+    bare = subprocess.run(
+        [sys.executable, "-m", "compress"], capture_output=True, text=True, check=False,
+        env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    assert "Commands" in bare.stdout + bare.stderr

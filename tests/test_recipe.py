@@ -1,0 +1,127 @@
+"""Recipes: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.errors import CompressError, InputError, UsageError
+from compress.passes.quantize import Quantize
+from compress.recipe import Gate, parse_pass, parse_yaml, read_recipe, recipe_from_mapping
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_words_and_yaml_give_the_same_pass(tmp_path: Path) -> None:
+    word = parse_pass('quantize:bits=8,group=-1,targets=["re:.*query", "*.key"]')
+    text = "passes:\n  - quantize: {bits: 8, group: -1, targets: ['re:.*query', '*.key']}\n"
+    assert read_recipe(write(tmp_path, text)).passes == (word,)
+    assert isinstance(word, Quantize)
+    assert word.targets == ("re:.*query", "*.key")
+
+
+def test_a_glob_is_not_a_yaml_alias() -> None:
+    assert parse_pass("quantize:targets=*query*").targets == ("*query*",)
+
+
+def test_group_size_is_an_alias_but_not_twice() -> None:
+    assert parse_pass("quantize:group_size=32") == parse_pass("quantize:group=32")
+    with pytest.raises(UsageError, match="twice"):
+        parse_pass("quantize:group_size=32,group=64")
+
+
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("quantise", "unknown pass"),
+        ("quantize:bit=4", "unknown key bit"),
+        ("quantize:bits=9", "out of range"),
+        ("quantize:bits=4.5", "whole number"),
+        ("quantize:bits=true", "whole number"),
+        ("quantize:bits", "key=value"),
+        ("quantize:bits=4,bits=8", "given twice"),
+        ("quantize:search=msee", "unknown value"),
+        ("prune:sparsity=1.5", "sparsity"),
+        ("prune:sparsity=.nan", "finite"),
+        ("quantize:targets=[&a b, *a]", "anchors"),
+        ("quantize:targets=!!python/name:os.system", "tag"),
+    ],
+)
+def test_a_wrong_word_is_named(word: str, what: str) -> None:
+    with pytest.raises(CompressError) as caught:
+        parse_pass(word)
+    assert what in caught.value.message
+    assert caught.value.exit_code in (2, 3)
+
+
+def test_a_misspelt_key_gets_its_neighbour() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_pass("quantize:simmetric=true")
+    assert caught.value.hint == "did you mean `symmetric`?"
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("passes: []", "list of passes"),
+        ("passes: [quantize]\nbits: 4", "unknown key bits"),
+        ("version: 2\npasses: [quantize]", "version"),
+        ("passes: [quantize]\noutput: {format: gguf}", "format"),
+        ("passes: [quantize]\nseed: -1", "seed"),
+        ("passes: [quantize]\ngates: [{metric: ppl, max: 3}]", "unknown metric"),
+        ("passes: [quantize]\ngates: [{metric: bytes}]", "one of"),
+        ("passes: [{quantize: {bits: 4}, prune: {}}]", "one name"),
+        ("- quantize", "mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_a_usage_error(tmp_path: Path, text: str, what: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read_recipe(write(tmp_path, text))
+    assert what in caught.value.message
+    assert "recipe.yaml" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "passes: [quantize]\npasses: [prune]",
+        "passes: [quantize]\n---\npasses: [prune]",
+        "passes: " + "[" * 40 + "]" * 40,
+        "a: &x [1]\npasses: *x",
+        "passes: !!python/object/apply:os.mkdir ['x']",
+        "passes: [quantize",
+    ],
+)
+def test_odd_yaml_is_an_input_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError):
+        read_recipe(write(tmp_path, text))
+
+
+def test_numbers_are_yaml_1_2() -> None:
+    assert parse_yaml(b"1e-3", "x") == pytest.approx(0.001)
+    assert parse_yaml(b"010", "x") == 10
+    assert parse_yaml(b"yes", "x") == "yes"
+
+
+def test_every_default_is_written_out() -> None:
+    resolved = recipe_from_mapping({"passes": ["quantize"]}).resolved()
+    options = resolved["passes"][0]["quantize"]
+    assert options["bits"] == 4
+    assert set(options) >= {"group", "search", "symmetric", "scale_dtype", "targets", "ignore"}
+    assert recipe_from_mapping(resolved).passes == (parse_pass("quantize"),)
+
+
+def test_a_gate_compares_as_it_says() -> None:
+    gate = Gate.parse("relative_error>0.1")
+    assert gate.fails({"relative_error": 0.11})
+    assert not gate.fails({"relative_error": 0.1})
+    assert gate.fails({"relative_error": float("nan")})
+    assert Gate.parse("sparsity<0.5").fails({"sparsity": 0.4})
+    for wrong in ("relative_error", "relative_error>x", "relative_error>>1", "nothing>1"):
+        with pytest.raises(UsageError):
+            Gate.parse(wrong)
