@@ -1,4 +1,4 @@
-"""Whole commands on large synthetic checkpoints: time beside peers, peak memory, multiples of reading.
+"""Whole commands on large synthetic checkpoints: time beside peers, memory, times reading.
 
     python bench/large.py --size 1b --work DIR [--rounds 5] [--json]
     LLMCOMPRESSOR_PYTHON=... AUTOROUND_PYTHON=... python bench/large.py --size 1b --work DIR
@@ -85,7 +85,7 @@ def make_model(work: Path, size: str) -> Path:
     if shutil.disk_usage(work).free < 1.7 * needed:
         sys.exit(f"{work}: {1.7 * needed / 1e9:.0f} GB of free disk needed")
     command = [sys.executable, str(SHARED / "tools" / "make_llama.py"), str(model)]
-    command += ["--size", size.split("-")[0]]
+    command += ["--size", size.split("-", maxsplit=1)[0]]
     if LAYERS_8B.get(size):
         command += ["--layers", str(LAYERS_8B[size])]
     subprocess.run(command, check=True)

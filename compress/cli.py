@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 # One BLAS thread a tensor: the tool's own pool runs over tensors, and sums keep one order.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -46,25 +46,25 @@ Pickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read .pt/.pth/.th/.bin files, in a limited child.")
 ]
 RecipeFile = Annotated[
-    Optional[Path], typer.Option("--recipe", help="A recipe (YAML) instead of PASS words.")
+    Path | None, typer.Option("--recipe", help="A recipe (YAML) instead of PASS words.")
 ]
 FormatName = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--format", help="auto, compressed-tensors, native or dense.", metavar="NAME"),
 ]
 Untouched = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Dtype of floats that no pass touched: keep, bf16, fp16.", metavar="DTYPE"),
 ]
 Jobs = Annotated[int, typer.Option(help="Threads; 0 = one a processor.", min=0, max=1024)]
 Memory = Annotated[str, typer.Option(help="Budget for tensors in flight, e.g. 2GB.")]
-Seed = Annotated[Optional[int], typer.Option(help="Seed of random numbers.", min=0)]
+Seed = Annotated[int | None, typer.Option(help="Seed of random numbers.", min=0)]
 FailIf = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--fail-if", help='A gate, e.g. "relative_error>0.1"; exit 4 when it holds.'),
 ]
 ReportFile = Annotated[
-    Optional[Path], typer.Option("--report", help="Write the report (JSON) here, gate or not.")
+    Path | None, typer.Option("--report", help="Write the report (JSON) here, gate or not.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
@@ -76,7 +76,7 @@ ContentHash = Annotated[
 ]
 Shard = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, e.g. 5GB.")]
 Words = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Argument(
         help="MODEL, then passes: name or name:key=value,... (with --recipe: MODEL alone).",
         metavar="MODEL [PASS]...",
@@ -88,9 +88,7 @@ Words = Annotated[
 @app.command()
 def run(
     words: Words = None,
-    out: Annotated[
-        Optional[Path], typer.Option("--out", "-o", help="The output directory.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The output directory.")] = None,
     recipe: RecipeFile = None,
     format: FormatName = None,
     untouched: Untouched = None,
@@ -183,7 +181,7 @@ def inspect(
 def verify(
     out: Annotated[Path, typer.Argument(help="An output of this tool.")],
     source: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option("--source", help="Check untouched tensors against the original too."),
     ] = None,
     allow_pickle: Pickle = False,
@@ -208,9 +206,7 @@ def unpack(
     from compress.unpacking import unpack_output
 
     with _progress() as progress:
-        body = unpack_output(
-            out, dense, overwrite=overwrite, fsync=not no_fsync, progress=progress
-        )
+        body = unpack_output(out, dense, overwrite=overwrite, fsync=not no_fsync, progress=progress)
     _emit(body, json, lambda: typer.echo(body["summary"]))
 
 
@@ -259,7 +255,7 @@ def main() -> None:
         _fail(_resource("out of memory", "use fewer --jobs or a smaller --memory"))
     except OSError as error:
         _fail(from_os_error(error, doing="I/O failed"))
-    except Exception as error:  # noqa: BLE001  the one place that turns a bug into exit 1
+    except Exception as error:
         if os.environ.get("COMPRESS_DEBUG"):
             raise
         message = f"internal error: {type(error).__name__}: {show(str(error), 200)}"
@@ -296,7 +292,10 @@ def _options(
     from compress.plan import Options
     from compress.recipe import FORMATS, UNTOUCHED
 
-    for flag, value, known in (("--format", format, FORMATS), ("--untouched", untouched, UNTOUCHED)):
+    for flag, value, known in (
+        ("--format", format, FORMATS),
+        ("--untouched", untouched, UNTOUCHED),
+    ):
         if value is not None and value not in known:
             raise UsageError(f"{flag} {show(value)}: unknown", hint=f"one of {', '.join(known)}")
     return Options(
@@ -389,7 +388,7 @@ def _console() -> Any:
     return Quiet(highlight=False, markup=False, emoji=False, width=wide)
 
 
-class _progress:  # noqa: N801  reads as a word at the call
+class _progress:
     """A bar on standard error, and only where that is a terminal."""
 
     def __enter__(self) -> Progress:

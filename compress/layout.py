@@ -1,4 +1,4 @@
-"""What the output directory will hold: shards, side files and their exact bytes, from terms alone."""
+"""What the output will hold: shards, side files and their exact bytes, from terms alone."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class WeightFile:
 
     @property
     def header_specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype tag, shape) of every array, as the writer takes them."""
         return [(s.name, s.dtype, s.shape) for s in self.specs]
 
 
@@ -59,9 +60,7 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Bytes of every file here."""
-        return (
-            self.weight_bytes + sum(map(len, self.small.values())) + sum(self.copies.values())
-        )
+        return self.weight_bytes + sum(map(len, self.small.values())) + sum(self.copies.values())
 
     def sizes(self) -> dict[str, int]:
         """File name -> bytes."""

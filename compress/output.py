@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from compress import formats
-from compress.checkpoint import Checkpoint, open_checkpoint, read_config
+from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoint.config import parse_config
 from compress.checkpoint.directory import find_sidecars
 from compress.checkpoint.files import InputFile, open_inside, resolve_inside
 from compress.checkpoint.safetensors import read_header
@@ -329,10 +330,11 @@ def _add_surroundings(checkpoint: CompressedCheckpoint, directory: str) -> None:
     stored = checkpoint.stored
     checkpoint.metadata = {k: v for k, v in stored.metadata.items() if k != metadata.KEY}
     if os.path.lexists(os.path.join(directory, "config.json")):
-        config = read_config(resolve_inside(directory, "config.json"), allow_quantized=True)
-        config.pop("quantization_config", None)
-        checkpoint.config = config
-        checkpoint.config_bytes = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        with _opened(directory, "config.json") as file:
+            config, raw = parse_config(file, allow_quantized=True)
+        if config.pop("quantization_config", None) is not None:
+            raw = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        checkpoint.config, checkpoint.config_bytes = config, raw
     found = find_sidecars(directory, {"config.json"})
     checkpoint.sidecars = [
         name

@@ -28,9 +28,7 @@ def map_tiles(
     with ThreadPoolExecutor(workers, thread_name_prefix="tile") as pool:
         try:
             for tile in tiles:
-                while pending and (
-                    len(pending) >= workers + 2 or in_flight + tile.cost > memory
-                ):
+                while pending and (len(pending) >= workers + 2 or in_flight + tile.cost > memory):
                     oldest, future = pending.popleft()
                     yield oldest, future.result()
                     in_flight -= oldest.cost

@@ -74,7 +74,7 @@ def _option_parameter(field: Any, hint: Any) -> inspect.Parameter:
         show_default=False,
     )
     annotation = list[str] if kind is list else kind
-    return _parameter(f"pass_{field.name}", typing.Annotated[typing.Optional[annotation], option], None)
+    return _parameter(f"pass_{field.name}", typing.Annotated[annotation | None, option], None)
 
 
 def _kind(hint: Any) -> Any:

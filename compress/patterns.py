@@ -1,7 +1,7 @@
-"""Which tensors a pass works on: `targets` and `ignore` patterns against names and roles.
+r"""Which tensors a pass works on: `targets` and `ignore` patterns against names and roles.
 
 A pattern is a glob (`*.query`), or `re:` and a regular expression that must match in full
-(`re:.*layer\\.[0-3]\\..*`). It is tried against the tensor's name and its module's (the name
+(`re:.*layer\.[0-3]\..*`). It is tried against the tensor's name and its module's (the name
 without `.weight`). Both are case-sensitive, and a glob's `*` crosses dots. The cost of a regular
 expression that backtracks without bound is its author's: patterns come from the user, names
 from the file.
@@ -20,6 +20,7 @@ from compress.passes.base import NAMED_ROLES, WEIGHT_ROLES
 from compress.tensor import Role, TensorInfo
 
 REGEX = "re:"
+MATRIX_AXES = 2
 
 
 @lru_cache(maxsize=1024)
@@ -54,7 +55,7 @@ def matches_any(patterns: Iterable[str], info: TensorInfo) -> bool:
 
 def eligible(info: TensorInfo, roles: Collection[Role]) -> bool:
     """Whether a tensor can be a target at all: floating point, a matrix, one of the roles."""
-    return info.is_float and len(info.shape) >= 2 and info.role in roles
+    return info.is_float and len(info.shape) >= MATRIX_AXES and info.role in roles
 
 
 def select(

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Options:
 
     @property
     def workers(self) -> int:
+        """Threads of the pool."""
         return self.jobs or len(os.sched_getaffinity(0))
 
 
@@ -129,11 +131,11 @@ class Plan:
 
     @property
     def reads(self) -> int:
-        """Bytes read from the source: the write sweep and every survey."""
+        """Bytes read from the source: the write sweep and the first sweep of every survey."""
         total = sum(t.info.nbytes for t in self.tensors)
         for one, infos in zip(self.passes, self.members, strict=True):
             if one.wants_survey:
-                total += sum(i.nbytes for i in infos)
+                total += sum(i.nbytes for i in infos if one.surveys(i))
         return total
 
     @property
@@ -249,7 +251,7 @@ def _ordered(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], list[str]]:
     rest = [p for p in passes if p.writes != "outliers"]
     if first and tuple(passes[: len(first)]) != tuple(first):
         notes.append(f"{first[0].name} runs first: it reads the dense model and protects the rest")
-    for before, after in zip(rest, rest[1:], strict=False):
+    for before, after in pairwise(rest):
         if _STAGES[before.writes] > _STAGES[after.writes]:
             why = (
                 "it would repair an error that is not made yet and gain nothing"
@@ -275,9 +277,7 @@ def _targets(one: Pass, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
     return chosen
 
 
-def _one_writer_a_term(
-    passes: Sequence[Pass], members: Sequence[Sequence[TensorInfo]]
-) -> None:
+def _one_writer_a_term(passes: Sequence[Pass], members: Sequence[Sequence[TensorInfo]]) -> None:
     writers: dict[tuple[str, str], str] = {}
     for one, chosen in zip(passes, members, strict=True):
         for info in chosen:
@@ -307,9 +307,7 @@ def _tensor_plans(plan: Plan, passes: Sequence[Pass]) -> tuple[TensorPlan, ...]:
             if passes[index].name not in terms.passes:
                 terms = dataclasses.replace(terms, passes=(*terms.passes, passes[index].name))
         castable = info.dtype in ("F64", "F32", "F16", "BF16") and info.dtype != cast
-        made.append(
-            TensorPlan(info, own, terms, cast if castable and not terms.changed else None)
-        )
+        made.append(TensorPlan(info, own, terms, cast if castable and not terms.changed else None))
     return tuple(made)
 
 

@@ -55,7 +55,9 @@ class Gate:
     def from_mapping(cls, mapping: Any) -> Gate:
         """`{metric: bytes, max: 1e9}` (or `min:`), as a recipe has it. Raises UsageError."""
         if not isinstance(mapping, Mapping):
-            raise UsageError("gates: each gate is a mapping, e.g. {metric: relative_error, max: 0.1}")
+            raise UsageError(
+                "gates: each gate is a mapping, e.g. {metric: relative_error, max: 0.1}"
+            )
         _refuse_unknown(mapping, ("metric", "max", "min"), "gates")
         if "metric" not in mapping or ("max" in mapping) == ("min" in mapping):
             raise UsageError("gates: a gate needs `metric` and one of `max` and `min`")

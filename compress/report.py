@@ -163,8 +163,7 @@ def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
         console.print(Text(f"{shown} {len(changed)} changed tensors", style="bold"))
         console.print(table)
     for one in body["passes"]:
-        for key, value in one["facts"].items():
-            console.print(Text(f"{one['name']}: {key}: {_fact(value)}"))
+        _print_facts(one["name"], one["facts"], console)
     ratio = totals["bytes_before"] / max(1, totals["bytes_after"])
     console.print(
         Text(
@@ -206,9 +205,7 @@ def _verdict(plan: Plan, totals: Mapping[str, Any], changed: list[dict[str, Any]
     ours = _ratio(
         sum(r["squared_error"] for r in compared), sum(r["squared_norm"] for r in compared)
     )
-    loses = sum(
-        r["relative_error"] > (1 + _MARGIN) * r["plain_relative_error"] for r in compared
-    )
+    loses = sum(r["relative_error"] > (1 + _MARGIN) * r["plain_relative_error"] for r in compared)
     figures = f"relative error {ours:.4f} against {plain:.4f} of plain rounding at the same bytes"
     if ours <= plain * (1 + _MARGIN):
         better = (
@@ -249,12 +246,19 @@ def _ratio(error: float, norm: float) -> float:
     return 0.0 if error == 0 else math.inf
 
 
+def _print_facts(name: str, facts: Mapping[str, Any], console: Console) -> None:
+    """What a pass found: its figures on one line, each entry of a list on a line of its own."""
+    plain = {k: v for k, v in facts.items() if isinstance(v, int | float | str)}
+    if plain:
+        console.print(Text(f"{name}: " + ", ".join(f"{k} {_fact(v)}" for k, v in plain.items())))
+    for key, value in facts.items():
+        for item in value if isinstance(value, list) else []:
+            words = item.items() if isinstance(item, dict) else [(key, item)]
+            console.print(Text(f"{name}:   " + ", ".join(f"{k} {_fact(v)}" for k, v in words)))
+
+
 def _fact(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | dict):
-        return show(json.dumps(value), 400)
-    return show(str(value), 200)
+    return f"{value:.6g}" if isinstance(value, float) else show(str(value), 120)
 
 
 def _no_nan(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The main job: surveys, then the write sweep into a stage, the gates, and one rename at the end."""
+"""The main job: surveys, then the write sweep into a stage, the gates, and one final rename."""
 
 from __future__ import annotations
 
@@ -147,9 +147,12 @@ def _write_shards(
     for number, shard in enumerate(layout.shards):
         finished = state.shards.get(shard.name)
         if finished is None:
-            record, own_rows = _write_shard(
-                plan, shard, number, stage, lambda n, base=done: progress("write", base + n, total)
-            )
+            before = done
+
+            def show_bytes(own: int, before: int = before) -> None:
+                progress("write", before + own, total)
+
+            record, own_rows = _write_shard(plan, shard, number, stage, show_bytes)
             if len(layout.shards) > 1:
                 state.add(stage, shard.name, record, own_rows)
         else:
@@ -202,7 +205,9 @@ class _Assembly:
         self._sums = Sums()
         self._measured = False
         self._specs = [] if tensor is None else specs_of(tensor, plan.format)
-        self._waiting: dict[tuple[str, str], list[Any]] = {(s.part, s.name): [] for s in self._specs}
+        self._waiting: dict[tuple[str, str], list[Any]] = {
+            (s.part, s.name): [] for s in self._specs
+        }
         model = [s.name for s in self._specs if s.part == MODEL]
         self._first = model[0] if model else None
 
@@ -308,9 +313,7 @@ class _State:
                 shards[name] = (record, kept["rows"])
         return cls(shards, key)
 
-    def add(
-        self, stage: Stage, name: str, record: FileRecord, rows: list[dict[str, Any]]
-    ) -> None:
+    def add(self, stage: Stage, name: str, record: FileRecord, rows: list[dict[str, Any]]) -> None:
         """Record a finished shard; written atomically."""
         self.shards[name] = (record, rows)
         body: Mapping[str, Any] = {
@@ -344,7 +347,7 @@ def _refuse_inside_source(plan: Plan, out: Path) -> None:
 
 
 def _bytes_of(array: Any) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _source_bytes(tile: Tile) -> int:

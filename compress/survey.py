@@ -1,4 +1,4 @@
-"""The sweeps before the write: every surveying pass reads its targets once or more, then decides."""
+"""The sweeps before the write: every surveying pass reads its targets, then decides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.checkpoint import Checkpoint
 from compress.parallel import map_tiles
 from compress.passes.base import Pass
 from compress.plan import Plan
-from compress.tiles import Tile, TensorPlan, cut, read_tile, survey_tiles
+from compress.tiles import TensorPlan, Tile, cut, read_tile, survey_tiles
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
@@ -30,7 +30,7 @@ def _sweep(plan: Plan, index: int, progress: Progress) -> Pass:
     one = plan.passes[index]
     infos = list(plan.members[index])
     by_name = {t.info.name: t for t in plan.tensors}
-    chosen = [by_name[i.name] for i in infos]
+    chosen = [by_name[i.name] for i in infos if one.surveys(i)]
 
     def work(tile: Tile) -> Any:
         tensor = read_tile(plan.checkpoint, tile)
@@ -38,7 +38,7 @@ def _sweep(plan: Plan, index: int, progress: Progress) -> Pass:
             tensor = earlier.apply(tensor)
         return one.survey(tensor)
 
-    total = sum(i.nbytes for i in infos)
+    total = sum(t.info.nbytes for t in chosen)
     done = 0
     merged: Any = None
     tiles = [tile for t in chosen for tile in survey_tiles(t, plan.tile_bytes)]

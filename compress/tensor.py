@@ -1,6 +1,6 @@
-"""A tensor of a checkpoint, the four terms that passes write, and the one formula that decodes them.
+"""A tensor of a checkpoint, the four terms that passes write, the one formula that decodes them.
 
-    W = overwrite( mask * dequant(codes) + B @ A ,  outliers )      dequant = (q - zero_point) * scale
+W = overwrite( mask * dequant(codes) + B @ A ,  outliers )      dequant = (q - zero_point) * scale
 """
 
 from __future__ import annotations
@@ -77,10 +77,12 @@ class TensorInfo:
 
     @property
     def size(self) -> int:
+        """Number of weights."""
         return math.prod(self.shape)
 
     @property
     def is_float(self) -> bool:
+        """Whether passes may work on it at all."""
         return self.dtype in FLOAT_TAGS
 
     @property
@@ -160,6 +162,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
+        """Columns of B."""
         return int(self.b.shape[-1])
 
     def as_float32(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -225,7 +228,8 @@ class Tensor:
 
     @property
     def is_whole(self) -> bool:
-        return self.source.shape[0] == self.info.matrix_shape[0]
+        """Whether the tile holds every row."""
+        return bool(self.source.shape[0] == self.info.matrix_shape[0])
 
     @property
     def changed(self) -> bool:

@@ -86,7 +86,7 @@ def decide(pass_: Pass, tensors: Sequence[Tensor], tile_rows: int | None = None)
     sweeps = 0
     while pass_.wants_survey:
         sweeps += 1
-        if sweeps > 8:  # noqa: PLR2004  # a pass that never decides would hang the runner
+        if sweeps > 8:  # a pass that never decides would hang the runner
             raise AssertionError(f"{pass_.name}: still wants a survey after {sweeps - 1} sweeps")
         statistic = None
         for tensor in tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from compress.checkpoint import Checkpoint
 from compress.passes.base import Pass, Terms
 from compress.tensor import DTYPES, Role, Tensor, TensorInfo
 
-TILE_BYTES = 16 << 20  # of source: large enough to amortise Python, small enough for the cache
+TILE_BYTES = 4 << 20  # of source: large enough to amortise Python, small enough for the cache
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TensorPlan:
 
     info: TensorInfo
     steps: tuple[int, ...] = ()
-    terms: Terms = Terms()
+    terms: Terms = field(default_factory=Terms)
     cast: str | None = None  # dtype tag that `--untouched` gives it
 
 
@@ -73,14 +73,14 @@ def survey_tiles(tensor: TensorPlan, tile_bytes: int = TILE_BYTES) -> list[Tile]
 def read_tile(checkpoint: Checkpoint, tile: Tile) -> Tensor:
     """The source weights of a tile, as a matrix in the source's dtype."""
     info = tile.tensor.info
-    rows, columns = info.matrix_shape
+    columns = info.matrix_shape[1]
     dtype = DTYPES[info.dtype]
     if info.role is Role.CONV1D and len(info.shape) == 2:
         return Tensor(info, info.to_matrix(checkpoint.read(info)))
     source = np.empty((tile.stop - tile.start, columns), dtype)
     if source.size:
-        view = memoryview(source.view(np.uint8).reshape(-1))
-        checkpoint.read_into(info, tile.start * columns * dtype.itemsize, view)
+        flat = source.reshape(-1).view(np.uint8)
+        checkpoint.read_into(info, tile.start * columns * dtype.itemsize, flat.data)
     return Tensor(info, source, first_row=tile.start)
 
 

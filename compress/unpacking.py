@@ -103,4 +103,3 @@ def _write(checkpoint: Any, stage: Stage, progress: Progress) -> dict[str, FileR
             "model.safetensors.index.json", content
         )
     return files
-

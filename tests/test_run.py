@@ -182,9 +182,10 @@ def test_thirty_kills_never_leave_a_mixed_output(tmp_path: Path) -> None:
         assert now in (old, new)
         seen.add("old" if now == old else "new")
         if now == new:  # put the old one back, so that every kill has something to lose
-            assert tool(
-                "run", model, "-o", out, "quantize:bits=8,group=-1", "--overwrite"
-            ).returncode == 0
+            assert (
+                tool("run", model, "-o", out, "quantize:bits=8,group=-1", "--overwrite").returncode
+                == 0
+            )
     assert tool("run", model, "-o", out, QUANTIZE, "--overwrite").returncode == 0
     assert tree(out) == new
     assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".*lock"))
@@ -292,9 +293,7 @@ def test_bad_requests_get_one_line(model: Path, tmp_path: Path, case: str) -> No
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("word", [QUANTIZE, "prune"])
-def test_a_weight_that_is_not_finite_is_named(
-    tmp_path: Path, value: float, word: str
-) -> None:
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float, word: str) -> None:
     weight = np.ones((64, 64), np.float32)
     weight[3, 5] = value
     model = tmp_path / "model.safetensors"
@@ -323,7 +322,9 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", small], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", small],
+        check=False,
+        capture_output=True,
     )
     if mounted.returncode:
         pytest.skip("no mount here")

@@ -123,7 +123,7 @@ def tiny_llama(
 
 
 def tree(folder: Path, *, without_run: bool = True) -> dict[str, str]:
-    """File name -> SHA-256; `report.*` and the manifest's run block (and so its digest) left out."""
+    """File name -> SHA-256; `report.*` and the manifest's run block and digest left out."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if not path.is_file():

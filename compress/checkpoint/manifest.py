@@ -1,4 +1,4 @@
-"""The manifest: every file of an output with its size and SHA-256, how it was made, and a self-digest."""
+"""The manifest: every file of an output with size and SHA-256, how it was made, a self-digest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only code that writes output: a locked stage beside OUT, files fsynced, one rename at the end.
+"""The only code that writes output: a locked stage beside OUT, fsynced files, one final rename.
 
 OUT.partial is filled and then renamed to OUT (or exchanged with an old OUT), so that OUT is at
 every moment either what it was or the complete new result.

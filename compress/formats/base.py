@@ -26,7 +26,8 @@ class ArraySpec:
     """One array a tensor becomes: (part, name, safetensors dtype tag, shape).
 
     `at_most` is the upper bound of the first dimension where it depends on the values;
-    `shape[0]` is then the lower bound.
+    `shape[0]` is then the lower bound. Where the terms give bounds instead of counts, an array
+    may be listed as one U8 vector of so many bytes: such a layout is for estimates only.
     """
 
     part: str
@@ -62,8 +63,16 @@ class Format:
         """Why this tensor with these terms cannot be held, or None. From headers alone."""
         return None
 
-    def refuses_model(self, changed: Mapping[str, Terms], infos: Sequence[TensorInfo]) -> str | None:
-        """Why the model as a whole cannot be held (e.g. fused sets of unequal width), or None."""
+    def refuses_model(
+        self,
+        changed: Mapping[str, Terms],
+        infos: Sequence[TensorInfo],
+        config: Mapping[str, Any] | None,
+    ) -> str | None:
+        """Why the model as a whole cannot be held (e.g. fused sets of unequal width), or None.
+
+        `infos` are all tensors of the checkpoint, `config` its config.json, None where it has none.
+        """
         return None
 
     def layout(self, info: TensorInfo, terms: Terms) -> list[ArraySpec]:
@@ -83,3 +92,7 @@ class Format:
     ) -> dict[str, bytes]:
         """Further files by relative path: the changed config.json, the adapter's config."""
         return {}
+
+    def notes(self, terms: Sequence[Terms], infos: Sequence[TensorInfo]) -> list[str]:
+        """What a user of the output should know, in plain words, for the report."""
+        return []

@@ -49,6 +49,7 @@ class CodesSpec:
     per_tensor: bool = False
 
     def groups(self, columns: int) -> int:
+        """Scales a row has; one where the whole tensor shares a scale."""
         return 1 if self.per_tensor else -(-columns // self.group_size)
 
 
@@ -138,8 +139,12 @@ class Pass:
         """True while a sweep over the targets must come before `apply`."""
         return False
 
+    def surveys(self, info: TensorInfo) -> bool:
+        """Whether the next sweep has to read this target; the others are not passed to `survey`."""
+        return True
+
     def survey(self, tensor: Tensor) -> Any:
-        """A statistic of one tile."""
+        """A statistic of one tile; None where this one tells nothing."""
         raise NotImplementedError
 
     def merge(self, a: Any, b: Any) -> Any:
@@ -147,7 +152,10 @@ class Pass:
         raise NotImplementedError
 
     def decide(self, statistic: Any, infos: list[TensorInfo]) -> Pass:
-        """The pass after a sweep; it may want another. `infos` are its targets in order."""
+        """The pass after a sweep; it may want another. `infos` are its targets in order.
+
+        `statistic` is None where nothing was surveyed.
+        """
         raise NotImplementedError
 
     def apply(self, tensor: Tensor) -> Tensor:

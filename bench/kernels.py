@@ -1,0 +1,274 @@
+"""Speed of the kernels as ratios to what they replace or to the memory they read, one thread.
+
+    python bench/kernels.py [--json FILE] [--rounds 5] [--small]
+
+Rows of one table run interleaved in one process (each once a round); the median of the rounds is
+shown. Only ratios inside one run mean something. The matrix has 4096 x 14336 weights (117 MB in
+bf16, 235 MB in float32, 58 MB of codes); matrices shown in bf16 alternate between two copies, so
+that no run finds its input in the cache. torch.nn.utils.prune.global_unstructured runs once on
+1e8 weights (it takes ten seconds and 5 GB); `--small` divides every size by 16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from compress import kernels
+from compress.kernels import dispatch
+
+Call = Callable[[], Any]
+GROUP = 128
+TILE_ROWS = 32  # codes of a tile stay in the cache until they are packed
+
+
+def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+    """Seconds of each call, interleaved, one warm-up round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def weights(rows: int, columns: int) -> np.ndarray:
+    values = np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32)
+    return values * np.float32(0.02)
+
+
+class Quantizer:
+    """Tiled quantize_groups and pack_bits over a matrix, as the quantize pass runs them."""
+
+    def __init__(self, copies: list[np.ndarray]) -> None:
+        self.copies = itertools.cycle(copies)
+        rows, columns = copies[0].shape
+        self.rows = rows
+        self.codes = np.zeros((TILE_ROWS, columns), np.uint8)
+        self.packed = np.zeros((rows, columns // 2), np.uint8)
+        self.scale = np.zeros((rows, columns // GROUP), np.float16)
+        self.zero = np.zeros((rows, columns // GROUP), np.uint8)
+        self.sums = np.zeros((rows, 3))
+
+    def run(self, search: str, symmetric: bool, mask: np.ndarray | None = None) -> None:
+        w = next(self.copies)
+        for row in range(0, self.rows, TILE_ROWS):
+            block = slice(row, row + TILE_ROWS)
+            kernels.quantize_groups(
+                w[block],
+                None if mask is None else mask[block],
+                bits=4,
+                group_size=GROUP,
+                symmetric=symmetric,
+                scale_dtype="F16",
+                search=search,
+                signed_scale=True,
+                codes=self.codes,
+                scale=self.scale[block],
+                zero_point=None if symmetric else self.zero[block],
+                sums=self.sums[block],
+            )
+            kernels.pack_bits(self.codes, 4, self.packed[block])
+
+
+def onnxruntime_call(w: np.ndarray) -> Call:
+    """onnxruntime's quantizer on the float32 [K, N] layout that it wants (transposed for free)."""
+    from onnxruntime.capi import _pybind_state
+
+    rows, columns = w.shape
+    transposed = np.ascontiguousarray(w.T)
+    packed = np.zeros((rows, columns // GROUP, GROUP // 2), np.uint8)
+    scale = np.zeros(rows * (columns // GROUP), np.float32)
+    zero = np.zeros(rows * ((columns // GROUP + 1) // 2), np.uint8)
+
+    def call() -> None:
+        _pybind_state.quantize_matmul_4bits(
+            packed, transposed, scale, zero, GROUP, rows, columns, True
+        )
+
+    return call
+
+
+def quantize_rows(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
+    w = weights(*shape)
+    narrow = w.astype(ml_dtypes.bfloat16)
+    quantizer = Quantizer([narrow, narrow.copy()])
+    mask = np.random.default_rng(1).random(shape) < 0.5
+    baseline = "onnxruntime quantize_matmul_4bits"
+    calls: dict[str, Call] = {
+        baseline: onnxruntime_call(w),
+        "int4 symmetric": lambda: quantizer.run("none", True),
+        "int4 symmetric, half pruned": lambda: quantizer.run("none", True, mask),
+        "int4 asymmetric": lambda: quantizer.run("none", False),
+        "int4 symmetric, searched": lambda: quantizer.run("mse", True),
+        "int4 symmetric, searched, half pruned": lambda: quantizer.run("mse", True, mask),
+        "int4 asymmetric, searched": lambda: quantizer.run("mse", False),
+    }
+    seconds = medians(calls, rounds)
+    return [
+        {
+            "kernel": name,
+            "ms": 1e3 * value,
+            "Gweights/s": w.size / value / 1e9,
+            "ratio": seconds[baseline] / value,
+            "ratio to": baseline,
+        }
+        for name, value in seconds.items()
+    ]
+
+
+def memory_rows(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
+    """Kernels bounded by memory, as bytes read and written against a read-only sweep."""
+    wide = weights(*shape)
+    narrow = wide.astype(ml_dtypes.bfloat16)
+    both = itertools.cycle([narrow, narrow.copy()])
+    rows, columns = shape
+    counts, low = np.zeros(1 << 15, np.uint64), np.zeros(1 << 16, np.uint64)
+    mask = np.zeros(shape, bool)
+    chosen = np.random.default_rng(1).random(shape) < 0.5
+    kept = np.zeros(int(chosen.sum()), np.uint16)
+    bits = np.zeros((rows, columns // 8), np.uint8)
+    expanded = np.zeros(shape, np.uint16)
+    codes = np.random.default_rng(2).integers(0, 16, shape, dtype=np.uint8)
+    packed = np.zeros((rows, columns // 2), np.uint8)
+    scale = np.ones((rows, columns // GROUP), np.float32)
+    decoded = np.zeros(shape, np.float32)
+    sums = np.zeros(2)
+    n = wide.size
+    baseline = "read float32 (finite_index)"
+    calls: dict[str, tuple[Call, float]] = {
+        baseline: (lambda: kernels.finite_index(wide), 4),
+        "read bf16 (finite_index)": (lambda: kernels.finite_index(next(both)), 2),
+        "magnitude_histogram bf16": (lambda: kernels.magnitude_histogram(next(both), counts), 2),
+        "magnitude_histogram float32": (lambda: kernels.magnitude_histogram(wide, counts), 4),
+        "magnitude_histogram_low float32": (
+            lambda: kernels.magnitude_histogram_low(wide, 0x3C80, low),
+            4,
+        ),
+        "threshold_mask bf16": (lambda: kernels.threshold_mask(next(both), 0x3C80, 9, mask), 3),
+        "threshold_mask float32": (lambda: kernels.threshold_mask(wide, 0x3C800000, 9, mask), 5),
+        "pack_bits 4": (lambda: kernels.pack_bits(codes, 4, packed), 1.5),
+        "unpack_bits 4": (lambda: kernels.unpack_bits(packed, 4, codes), 1.5),
+        "dequantize": (lambda: kernels.dequantize(codes, scale, None, 4, GROUP, decoded), 5),
+        "bitmask_compress bf16 50 %": (
+            lambda: kernels.bitmask_compress(expanded, chosen, bits, kept),
+            4.125,
+        ),
+        "bitmask_expand bf16 50 %": (
+            lambda: kernels.bitmask_expand(bits, kept, 0, expanded),
+            3.125,
+        ),
+        "error_sums bf16": (lambda: kernels.error_sums(next(both), decoded, sums), 6),
+    }
+    kernels.bitmask_compress(expanded, chosen, bits, kept)
+    seconds = medians({name: call for name, (call, _) in calls.items()}, rounds)
+    speed = {name: n * calls[name][1] / value / 1e9 for name, value in seconds.items()}
+    return [
+        {
+            "kernel": name,
+            "ms": 1e3 * value,
+            "GB/s": speed[name],
+            "ratio": speed[name] / speed[baseline],
+            "ratio to": "read-only sweep",
+        }
+        for name, value in seconds.items()
+    ]
+
+
+def pruning_rows(n: int, rounds: int) -> list[dict[str, Any]]:
+    """Exact global 50 % threshold and mask, against torch's, on float32 weights."""
+    import torch
+    from torch.nn.utils import prune
+
+    torch.set_num_threads(1)
+    w = weights(1, n).reshape(-1)
+    mask = np.zeros(n, bool)
+
+    def select() -> None:
+        keep = n // 2
+        counts, low = np.zeros(1 << 15, np.uint64), np.zeros(1 << 16, np.uint64)
+        kernels.magnitude_histogram(w, counts)
+        prefix, above = cut(counts, keep)
+        kernels.magnitude_histogram_low(w, prefix, low)
+        tail, above_low = cut(low, keep - above)
+        kernels.threshold_mask(w, prefix << 16 | tail, keep - above - above_low, mask)
+
+    ours = medians({"select": select}, rounds)["select"]
+    assert mask.sum() == n // 2
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.from_numpy(w))
+    start = time.perf_counter()
+    prune.global_unstructured([(module, "weight")], prune.L1Unstructured, amount=0.5)
+    theirs = time.perf_counter() - start
+    name = "torch global_unstructured (once)"
+    return [
+        {"kernel": name, "ms": 1e3 * theirs, "ratio": 1.0, "ratio to": name},
+        {
+            "kernel": "histograms + threshold_mask",
+            "ms": 1e3 * ours,
+            "ratio": theirs / ours,
+            "ratio to": name,
+        },
+    ]
+
+
+def cut(counts: np.ndarray, keep: int) -> tuple[int, int]:
+    """The bin of the keep-th largest entry, and how many lie above it."""
+    above = np.cumsum(counts[::-1])
+    position = int(np.searchsorted(above, keep))
+    return counts.size - 1 - position, int(above[position - 1]) if position else 0
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("kernel", "ratio to") else "right")
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        table.add_row(*(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="a sixteenth of every size")
+    options = parser.parse_args()
+    divisor = 16 if options.small else 1
+    shape = (4096 // divisor, 14336)
+    backend = dispatch.current().backend
+    console = Console(width=110)
+    console.print(f"backend {backend.name}, {backend.isa} ({backend.reason})")
+    tables = {
+        "Quantizers, packed output included": quantize_rows(shape, options.rounds),
+        "Bounded by memory": memory_rows(shape, options.rounds),
+        "Global magnitude pruning": pruning_rows(10**8 // divisor, options.rounds),
+    }
+    for title, rows in tables.items():
+        show(console, title, rows)
+    if options.json:
+        report = {"backend": backend.name, "isa": backend.isa, "tables": tables}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

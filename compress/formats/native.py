@@ -1,0 +1,324 @@
+"""The format that holds everything: any width, zero points, masks, Conv, experts, int8 factors.
+
+Its files end in `.compress.safetensors`, so that no engine loads packed bytes as weights. The
+bytes are documented in docs/format.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress import kernels
+from compress.formats.arrays import (
+    collision,
+    damaged,
+    pack_rows,
+    pack_super_weights,
+    packed_bytes,
+    plain,
+    spread,
+    stand_in,
+    super_weight_layout,
+    unpack_rows,
+    unpack_super_weights,
+    zero_codes,
+)
+from compress.formats.base import MODEL, ArraySpec, Entry, Fetch, Format, Named
+from compress.passes.base import CodesSpec, Terms
+from compress.tensor import DTYPES, Array, Codes, Factors, Role, Tensor, TensorInfo
+
+MIN_BITS, MAX_BITS = 2, 8
+
+
+class Storage(Enum):
+    """How the entries of a matrix are laid out."""
+
+    DENSE = "dense"  # every entry, pruned ones included
+    SPARSE = "sparse"  # a bitmask and the kept entries
+    OPEN = "open"  # depends on a count that only a survey of the values can tell
+
+
+def storage(info: TensorInfo, terms: Terms) -> Storage:
+    """Whether a bitmask with the kept entries is smaller than every entry (a tie: dense)."""
+    if terms.nonzeros is None:
+        return Storage.DENSE
+    low, high = (_sparse_bytes(info, terms, count) for count in terms.nonzeros)
+    dense = _dense_bytes(info, terms)
+    if high < dense:
+        return Storage.SPARSE
+    return Storage.DENSE if low >= dense else Storage.OPEN
+
+
+class Native(Format):
+    """Bit-packed rows, bitmasks, factors of any dtype, for every role."""
+
+    name: ClassVar[str] = "native"
+    weights_suffix: ClassVar[str] = ".compress.safetensors"
+
+    def refuses(self, info: TensorInfo, terms: Terms) -> str | None:
+        """Only what is not a weight matrix of a floating-point dtype."""
+        if info.dtype not in DTYPES or not info.is_float:
+            return f"its dtype {info.dtype} is not a floating-point type that can be decoded"
+        if terms.codes is not None and not MIN_BITS <= terms.codes.bits <= MAX_BITS:
+            return f"{terms.codes.bits}-bit codes: native holds 2 to 8 bits"
+        return None
+
+    def refuses_model(
+        self,
+        changed: Mapping[str, Terms],
+        infos: Sequence[TensorInfo],
+        config: Mapping[str, Any] | None,
+    ) -> str | None:
+        """Array names that another tensor already has."""
+        layouts = [(i, self.layout(i, changed[i.name])) for i in infos if i.name in changed]
+        return collision(layouts, infos)
+
+    def layout(self, info: TensorInfo, terms: Terms) -> list[ArraySpec]:
+        """The arrays in order: mask, codes or values, scale, zero point, factors, super weights.
+
+        While the storage is open, `.codes` or `.values` is one U8 array whose bounds are bytes.
+        """
+        specs = _entries_layout(info, terms)
+        if terms.codes is not None:
+            specs += _scale_layout(info, terms.codes)
+        specs += _factors_layout(info, terms)
+        return specs + super_weight_layout(info, terms)
+
+    def pack(self, tensor: Tensor, terms: Terms) -> Named:
+        """The arrays of one tile. Raises ValueError where the terms do not match the tensor."""
+        named: Named = {}
+        if tensor.codes is not None:
+            _pack_codes(tensor, tensor.codes, terms, named)
+        else:
+            _pack_values(tensor, terms, named)
+        if tensor.factors is not None:
+            _pack_factors(tensor.info.name, tensor.factors, named)
+        return named | pack_super_weights(tensor)
+
+    def unpack(self, entry: Entry, fetch: Fetch) -> Tensor:
+        """The tensor with its terms. Raises InputError on arrays that contradict each other."""
+        info, terms = entry.info, entry.terms
+        mask = None
+        if storage(info, terms) is Storage.SPARSE:
+            mask = _unpack_mask(info, fetch)
+        codes = None
+        if terms.codes is not None:
+            codes = _unpack_codes(info, terms.codes, mask, fetch)
+            source = stand_in(info)
+        else:
+            source = _unpack_values(info, mask, fetch)
+        return Tensor(
+            info,
+            source,
+            mask=mask,
+            codes=codes,
+            factors=_unpack_factors(info, terms, fetch),
+            outliers=unpack_super_weights(info, terms, fetch, in_scale=False),
+        )
+
+
+# -- sizes and layout ------------------------------------------------------------------------
+
+
+def _dense_bytes(info: TensorInfo, terms: Terms) -> int:
+    rows, columns = info.matrix_shape
+    if terms.codes is None:
+        return rows * columns * DTYPES[info.dtype].itemsize
+    return rows * packed_bytes(columns, terms.codes.bits)
+
+
+def _kept_bytes(info: TensorInfo, terms: Terms, kept: int) -> int:
+    if terms.codes is None:
+        return kept * DTYPES[info.dtype].itemsize
+    return packed_bytes(kept, terms.codes.bits)
+
+
+def _sparse_bytes(info: TensorInfo, terms: Terms, kept: int) -> int:
+    """What a bitmask and `kept` entries take."""
+    rows, columns = info.matrix_shape
+    return rows * packed_bytes(columns, 1) + _kept_bytes(info, terms, kept)
+
+
+def _entries_layout(info: TensorInfo, terms: Terms) -> list[ArraySpec]:
+    rows, columns = info.matrix_shape
+    what = storage(info, terms)
+    suffix = "values" if terms.codes is None else "codes"
+    name = f"{info.name}.{suffix}"
+    if what is Storage.DENSE:
+        if terms.codes is None:
+            return [ArraySpec(MODEL, name, info.dtype, (rows, columns))]
+        row_bytes = packed_bytes(columns, terms.codes.bits)
+        return [ArraySpec(MODEL, name, "U8", (rows, row_bytes))]
+    low, high = terms.nonzeros or (0, rows * columns)
+    mask_bytes = packed_bytes(columns, 1)
+    if what is Storage.OPEN:
+        least, most = _sparse_bytes(info, terms, low), _dense_bytes(info, terms)
+        return [ArraySpec(MODEL, name, "U8", (min(least, most),), most)]
+    dtype = info.dtype
+    if terms.codes is not None:
+        dtype, low, high = "U8", _kept_bytes(info, terms, low), _kept_bytes(info, terms, high)
+    kept = ArraySpec(MODEL, name, dtype, (low,), None if low == high else high)
+    return [ArraySpec(MODEL, f"{info.name}.mask", "U8", (rows, mask_bytes)), kept]
+
+
+def _scale_layout(info: TensorInfo, codes: CodesSpec) -> list[ArraySpec]:
+    rows, groups = _scale_shape(info, codes)
+    specs = [ArraySpec(MODEL, f"{info.name}.scale", codes.scale_dtype, (rows, groups))]
+    if not codes.symmetric:
+        row_bytes = packed_bytes(groups, codes.bits)
+        specs.append(ArraySpec(MODEL, f"{info.name}.zero_point", "U8", (rows, row_bytes)))
+    return specs
+
+
+def _scale_shape(info: TensorInfo, codes: CodesSpec) -> tuple[int, int]:
+    rows, columns = info.matrix_shape
+    return (1, 1) if codes.per_tensor else (rows, codes.groups(columns))
+
+
+def _factors_layout(info: TensorInfo, terms: Terms) -> list[ArraySpec]:
+    if not terms.rank:
+        return []
+    stack: tuple[int, ...] = ()
+    rows, columns = info.matrix_shape
+    if info.role is Role.EXPERTS:
+        stack, rows = (info.shape[0],), rows // max(info.shape[0], 1)
+    rank, dtype, name = terms.rank, terms.factor_dtype, info.name
+    specs = [
+        ArraySpec(MODEL, f"{name}.factor_b", dtype, (*stack, rows, rank)),
+        ArraySpec(MODEL, f"{name}.factor_a", dtype, (*stack, rank, columns)),
+    ]
+    if dtype == "I8":
+        specs += [
+            ArraySpec(MODEL, f"{name}.factor_b_scale", "F32", (*stack, rank)),
+            ArraySpec(MODEL, f"{name}.factor_a_scale", "F32", (*stack, rank)),
+        ]
+    return specs
+
+
+# -- pack ------------------------------------------------------------------------------------
+
+
+def _settled(tensor: Tensor, terms: Terms) -> Storage:
+    what = storage(tensor.info, terms)
+    if what is Storage.OPEN:
+        raise ValueError(f"{tensor.info.name}: the kept entries must be counted before packing")
+    return what
+
+
+def _pack_codes(tensor: Tensor, codes: Codes, terms: Terms, named: Named) -> None:
+    name, mask = tensor.info.name, tensor.mask
+    rows, columns = codes.values.shape
+    if _settled(tensor, terms) is Storage.DENSE:
+        row_bytes = packed_bytes(columns, codes.bits)
+        named[MODEL, f"{name}.codes"] = pack_rows(codes.values, codes.bits, row_bytes)
+    else:
+        if not tensor.is_whole:
+            raise ValueError(f"{name}: the kept codes are one bit stream, so it is packed whole")
+        if mask is None:
+            mask = np.ones((rows, columns), np.bool_)
+        bitmask, kept = _compress(codes.values, mask)
+        stream = pack_rows(kept[None], codes.bits, packed_bytes(kept.size, codes.bits))
+        named[MODEL, f"{name}.mask"], named[MODEL, f"{name}.codes"] = bitmask, stream[0]
+    per_tensor = terms.codes is not None and terms.codes.per_tensor
+    if not per_tensor or tensor.first_row == 0:
+        named[MODEL, f"{name}.scale"] = np.ascontiguousarray(codes.scale)
+        if codes.zero_point is not None:
+            row_bytes = packed_bytes(codes.zero_point.shape[1], codes.bits)
+            packed = pack_rows(codes.zero_point, codes.bits, row_bytes)
+            named[MODEL, f"{name}.zero_point"] = packed
+
+
+def _pack_values(tensor: Tensor, terms: Terms, named: Named) -> None:
+    """The source's own values, zeros where pruned; what the factors add is not in them."""
+    name, mask = tensor.info.name, tensor.mask
+    values = plain(tensor.with_(factors=None, outliers=None))
+    if _settled(tensor, terms) is Storage.DENSE:
+        named[MODEL, f"{name}.values"] = values
+        return
+    if mask is None:
+        mask = np.ones(values.shape, np.bool_)
+    bitmask, kept = _compress(values, mask)
+    named[MODEL, f"{name}.mask"], named[MODEL, f"{name}.values"] = bitmask, kept
+
+
+def _compress(values: Array, mask: NDArray[np.bool_]) -> tuple[NDArray[np.uint8], Array]:
+    """(bitmask [rows, ceil(columns / 8)], kept entries in row order)."""
+    bitmask = np.empty((values.shape[0], packed_bytes(values.shape[1], 1)), np.uint8)
+    kept = np.empty(int(np.count_nonzero(mask)), values.dtype)
+    kernels.bitmask_compress(np.ascontiguousarray(values), mask, bitmask, kept)
+    return bitmask, kept
+
+
+def _pack_factors(name: str, factors: Factors, named: Named) -> None:
+    named[MODEL, f"{name}.factor_b"] = np.ascontiguousarray(factors.b)
+    named[MODEL, f"{name}.factor_a"] = np.ascontiguousarray(factors.a)
+    if factors.b_scale is not None and factors.a_scale is not None:
+        named[MODEL, f"{name}.factor_b_scale"] = np.ascontiguousarray(factors.b_scale)
+        named[MODEL, f"{name}.factor_a_scale"] = np.ascontiguousarray(factors.a_scale)
+
+
+# -- unpack ----------------------------------------------------------------------------------
+
+
+def _unpack_mask(info: TensorInfo, fetch: Fetch) -> NDArray[np.bool_]:
+    packed = fetch(MODEL, f"{info.name}.mask")
+    columns = info.matrix_shape[1]
+    bits = np.unpackbits(packed, axis=1, count=columns, bitorder="little")
+    return bits.view(np.bool_)
+
+
+def _unpack_codes(
+    info: TensorInfo, spec: CodesSpec, mask: NDArray[np.bool_] | None, fetch: Fetch
+) -> Codes:
+    rows, columns = info.matrix_shape
+    scale = fetch(MODEL, f"{info.name}.scale")
+    zero_point = None
+    if not spec.symmetric:
+        groups = _scale_shape(info, spec)[1]
+        zero_point = unpack_rows(fetch(MODEL, f"{info.name}.zero_point"), spec.bits, groups)
+    packed = fetch(MODEL, f"{info.name}.codes")
+    if mask is None:
+        values = unpack_rows(packed, spec.bits, columns)
+    else:
+        fill = spread(zero_codes(zero_point, spec.bits, rows), spec.group_size, columns)
+        values = np.array(np.broadcast_to(fill, mask.shape))
+        values[mask] = _unpack_kept(info, packed, mask, spec.bits)
+    group_size = columns if spec.per_tensor else spec.group_size
+    return Codes(values, scale, zero_point, spec.bits, group_size)
+
+
+def _unpack_kept(
+    info: TensorInfo, packed: NDArray[np.uint8], mask: NDArray[np.bool_], bits: int
+) -> NDArray[np.uint8]:
+    """The kept codes [n] in row order. Raises InputError where mask and stream disagree."""
+    kept = int(np.count_nonzero(mask))
+    if packed_bytes(kept, bits) != packed.size:
+        raise damaged(info, "its mask keeps another number of codes than are stored")
+    codes: NDArray[np.uint8] = unpack_rows(packed[None], bits, kept)[0]
+    return codes
+
+
+def _unpack_values(info: TensorInfo, mask: NDArray[np.bool_] | None, fetch: Fetch) -> Array:
+    stored = fetch(MODEL, f"{info.name}.values")
+    if mask is None:
+        return stored
+    if stored.size != int(np.count_nonzero(mask)):
+        raise damaged(info, "its mask keeps another number of values than are stored")
+    out = np.zeros(info.matrix_shape, DTYPES[info.dtype])
+    out[mask] = stored
+    return out
+
+
+def _unpack_factors(info: TensorInfo, terms: Terms, fetch: Fetch) -> Factors | None:
+    if not terms.rank:
+        return None
+    b, a = fetch(MODEL, f"{info.name}.factor_b"), fetch(MODEL, f"{info.name}.factor_a")
+    if terms.factor_dtype != "I8":
+        return Factors(b, a)
+    b_scale = fetch(MODEL, f"{info.name}.factor_b_scale")
+    return Factors(b, a, b_scale, fetch(MODEL, f"{info.name}.factor_a_scale"))

@@ -1,0 +1,516 @@
+"""The definition of every kernel, in numpy: what C++ and CUDA must reproduce byte for byte.
+
+Functions trust their arguments; `compress.kernels` checks shapes and dtypes before it calls them.
+
+Sums have one order (`lane_sum`), so that a choice between two candidate scales is the same on
+every machine: 16 float32 lanes, no fused multiply-add, a fixed tree, float64 above 4096 entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+U8 = NDArray[np.uint8]
+Bool = NDArray[np.bool_]
+
+LANES = 16  # float32 partial sums, index modulo 16
+CHUNK = 4096  # entries summed in float32; chunks are added up in float64
+TILE = 1 << 17  # weights worked on at a time: keeps numpy's temporaries in the cache
+
+SCALE_DTYPES: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+}
+SMALLEST_NORMAL = {
+    "F16": np.float32(2.0**-14),
+    "BF16": np.float32(2.0**-126),
+    "F32": np.float32(2.0**-126),
+}
+
+# Scale candidates of the search; the same tables stand in csrc/cpu/kernels_impl.h. They were chosen
+# by the squared error left on a sentence encoder's weights: 24 candidates gain 0.1 % over 16.
+CANDIDATES = 16
+# Symmetric: scale = absmax / divisor, divisors evenly spaced between these bounds times
+# 2^(bits-1). The first lies below 1: up to there the grid's longer side is not used up.
+SYMMETRIC_BOUNDS = {
+    2: (0.60, 2.40),
+    3: (0.80, 1.90),
+    4: (0.86, 1.50),
+    5: (0.90, 1.25),
+    6: (0.94, 1.12),
+    7: (0.96, 1.06),
+    8: (0.98, 1.03),
+}
+# Asymmetric: both ends shrink by one ratio, or one end alone, in even steps down to this ratio.
+ASYMMETRIC_LAST = {2: 0.25, 3: 0.55, 4: 0.78, 5: 0.92, 6: 0.95, 7: 0.97, 8: 0.985}
+BOTH_ENDS = 8
+ONE_END = 4
+
+
+# ---------------------------------------------------------------- sums
+
+
+def lane_sum(values: F32) -> F64:
+    """Sum over the last axis in the one order that all kernels share.
+
+    values float32 [..., n], n a multiple of 16 and, above 4096, of 4096 (`padded` does it)
+    returns float64 [...]
+    """
+    n = values.shape[-1]
+    if n == 0:
+        return np.zeros(values.shape[:-1], np.float64)
+    chunk = min(n, CHUNK)
+    blocks = values.reshape(*values.shape[:-1], n // chunk, chunk // LANES, LANES)
+    lanes = blocks[..., 0, :].copy()
+    for block in range(1, chunk // LANES):
+        lanes += blocks[..., block, :]
+    width = LANES // 2
+    while width:
+        lanes = lanes[..., :width] + lanes[..., width:]
+        width //= 2
+    partial = lanes[..., 0].astype(np.float64)
+    return partial[..., 0] if n == chunk else np.cumsum(partial, axis=-1)[..., -1]
+
+
+def padded(values: F32) -> F32:
+    """Zeros appended to the last axis, to the length that `lane_sum` wants."""
+    n = values.shape[-1]
+    multiple = LANES if n <= CHUNK else CHUNK
+    extra = -n % multiple
+    if not extra:
+        return values
+    widths = [(0, 0)] * (values.ndim - 1) + [(0, extra)]
+    return np.pad(values, widths)
+
+
+def error_sums(w: Array, decoded: F32, sums: F64) -> None:
+    """sums [2] += (sum of (w - decoded)^2, sum of w^2), over the flat order."""
+    flat, other = w.reshape(-1), decoded.reshape(-1)
+    for start in range(0, flat.size, TILE):
+        values = padded(flat[start : start + TILE].astype(np.float32))
+        error = values - padded(other[start : start + TILE])
+        for k, term in enumerate((error * error, values * values)):
+            total = lane_sum_chunks(term)
+            sums[k] = np.cumsum(np.concatenate([sums[k : k + 1], total]))[-1]
+
+
+def lane_sum_chunks(values: F32) -> F64:
+    """`lane_sum` of each chunk of a vector: float64 [ceil(n / 4096)]."""
+    if values.size <= CHUNK:
+        return lane_sum(values[None])
+    return lane_sum(values.reshape(-1, CHUNK))
+
+
+def squared_norms(w: Array, out: F64) -> None:
+    """out float64 [rows] = sum of squares of each row of w [rows, cols]."""
+    rows, columns = w.shape
+    if columns == 0:
+        out[...] = 0
+        return
+    step = max(1, TILE // columns)
+    for start in range(0, rows, step):
+        values = padded(w[start : start + step].astype(np.float32))
+        out[start : start + step] = lane_sum(values * values)
+
+
+# ---------------------------------------------------------------- magnitudes
+
+
+def magnitude_key(w: Array) -> NDArray[np.uint32]:
+    """The bit pattern without its sign: 15 bits for 16-bit floats, 31 bits for float32."""
+    if w.dtype.itemsize == 2:
+        narrow: NDArray[np.uint16] = w.view(np.uint16) & np.uint16(0x7FFF)
+        return narrow.astype(np.uint32)
+    wide: NDArray[np.uint32] = w.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    return wide
+
+
+def finite_index(w: Array) -> int:
+    """The flat index of the first NaN or infinity, or -1."""
+    flat = w.reshape(-1)
+    bits = flat.view(np.uint16 if w.dtype.itemsize == 2 else np.uint32)
+    exponent = bits.dtype.type(
+        {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[w.dtype.name]
+    )
+    for start in range(0, flat.size, TILE):
+        bad = (bits[start : start + TILE] & exponent) == exponent
+        if bad.any():
+            return start + int(bad.argmax())
+    return -1
+
+
+def magnitude_histogram(w: Array, counts: NDArray[np.uint64]) -> None:
+    """counts uint64 [32768] += histogram of the top 15 bits of the magnitude keys."""
+    flat = w.reshape(-1)
+    shift = 0 if w.dtype.itemsize == 2 else 16
+    for start in range(0, flat.size, TILE):
+        key = magnitude_key(flat[start : start + TILE]) >> shift
+        counts += np.bincount(key, minlength=counts.size).astype(np.uint64)
+
+
+def magnitude_histogram_low(w: F32, prefix: int, counts: NDArray[np.uint64]) -> None:
+    """counts uint64 [65536] += low 16 key bits of the float32 weights whose top 15 equal prefix."""
+    flat = w.reshape(-1)
+    for start in range(0, flat.size, TILE):
+        key = magnitude_key(flat[start : start + TILE])
+        low = key[key >> 16 == prefix] & 0xFFFF
+        counts += np.bincount(low, minlength=counts.size).astype(np.uint64)
+
+
+def threshold_mask(w: Array, key: int, ties: int, mask: Bool) -> int:
+    """mask = key(w) > key, or one of the first `ties` entries with key(w) == key.
+
+    w and mask of one shape, flat order. Returns the number of ties kept.
+    """
+    flat, flat_mask = w.reshape(-1), mask.reshape(-1)
+    used = 0
+    for start in range(0, flat.size, TILE):
+        keys = magnitude_key(flat[start : start + TILE])
+        out = flat_mask[start : start + TILE]
+        np.greater(keys, key, out=out)
+        if used < ties:
+            equal = np.flatnonzero(keys == key)[: ties - used]
+            out[equal] = True
+            used += equal.size
+    return used
+
+
+# ---------------------------------------------------------------- quantization
+
+
+class Groups(NamedTuple):
+    """A tile of groups, padded with zeros; pruned entries are zero in `kept`."""
+
+    kept: F32  # [groups, padded length]
+    low: F32  # [groups], min(0, smallest kept)
+    high: F32  # [groups], max(0, largest kept)
+    absmax: F32  # [groups]
+
+
+class Fit(NamedTuple):
+    """Scales, zero points and what they cost, one entry a group."""
+
+    scale: F32  # after rounding to the stored dtype
+    zero_point: F32
+    integers: F32  # [groups, padded length], code - zero_point
+    error: F64  # sum of squared error over kept weights
+
+
+def store_scale(scale: F32, scale_dtype: str) -> F32:
+    """Round to the stored dtype; no magnitude below that dtype's smallest normal number."""
+    with np.errstate(over="ignore"):
+        rounded = scale.astype(SCALE_DTYPES[scale_dtype]).astype(np.float32)
+    tiny = SMALLEST_NORMAL[scale_dtype]
+    return np.where(np.abs(rounded) < tiny, np.copysign(tiny, rounded), rounded)
+
+
+def symmetric_factors(bits: int) -> F32:
+    """float32 [16]: candidate scale / absmax."""
+    half = float(1 << (bits - 1))
+    first, last = SYMMETRIC_BOUNDS[bits]
+    step = (last - first) / (CANDIDATES - 1)
+    return np.array([1.0 / (half * (first + step * k)) for k in range(CANDIDATES)], np.float32)
+
+
+def asymmetric_factors(bits: int) -> F32:
+    """float32 [16, 2]: the ratios by which the low and the high end shrink."""
+    last = ASYMMETRIC_LAST[bits]
+    both = [1.0 - (1.0 - last) * (k + 1) / BOTH_ENDS for k in range(BOTH_ENDS)]
+    single = [1.0 - (1.0 - last) * (k + 1) / ONE_END for k in range(ONE_END)]
+    pairs = [(r, r) for r in both] + [(r, 1.0) for r in single] + [(1.0, r) for r in single]
+    return np.array(pairs, np.float32)
+
+
+def _zero_point(low: F32, scale: F32, top: int) -> F32:
+    nearest: F32 = np.clip(np.rint(-low / scale), 0, top).astype(np.float32)
+    return nearest
+
+
+def _measure(kept: F32, scale: F32, zero_point: F32, top: int) -> Fit:
+    """Codes by true division, and the error that they leave."""
+    integers = kept / scale[:, None]
+    np.rint(integers, out=integers)
+    np.maximum(integers, -zero_point[:, None], out=integers)
+    np.minimum(integers, (np.float32(top) - zero_point)[:, None], out=integers)
+    error = kept - integers * scale[:, None]
+    error *= error
+    return Fit(scale, zero_point, integers, lane_sum(error))
+
+
+def _plain(groups: Groups, bits: int, symmetric: bool, scale_dtype: str) -> tuple[F32, F32]:
+    """Scale and zero point of plain rounding."""
+    top = (1 << bits) - 1
+    if symmetric:
+        divisor = np.float32(1.5 if bits == 2 else (1 << (bits - 1)) - 1)
+        scale = store_scale(groups.absmax / divisor, scale_dtype)
+        zero_point = np.full_like(scale, 1 << (bits - 1))
+    else:
+        with np.errstate(over="ignore"):
+            scale = store_scale((groups.high - groups.low) / np.float32(top), scale_dtype)
+        zero_point = _zero_point(groups.low, scale, top)
+    scale[groups.absmax == 0] = 1
+    return scale, zero_point
+
+
+def _candidates(
+    groups: Groups, bits: int, symmetric: bool, signed_scale: bool, scale_dtype: str
+) -> Iterator[tuple[F32, F32]]:
+    """(scale, zero point) of each candidate, in the order that breaks ties."""
+    top = (1 << bits) - 1
+    if symmetric:
+        zero_point = np.full_like(groups.absmax, 1 << (bits - 1))
+        extreme = groups.absmax
+        if signed_scale:  # a negative scale turns the grid's longer side to positive weights
+            extreme = np.where(groups.high >= -groups.low, -extreme, extreme)
+        for factor in symmetric_factors(bits):
+            yield store_scale(extreme * factor, scale_dtype), zero_point
+        return
+    for shrink_low, shrink_high in asymmetric_factors(bits):
+        low, high = groups.low * shrink_low, groups.high * shrink_high
+        with np.errstate(over="ignore"):
+            scale = store_scale((high - low) / np.float32(top), scale_dtype)
+        yield scale, _zero_point(low, scale, top)
+
+
+def _search(
+    groups: Groups, plain: Fit, bits: int, symmetric: bool, signed_scale: bool, scale_dtype: str
+) -> Fit:
+    """The candidate of least error, refitted by least squares, where it beats plain rounding.
+
+    Candidates are ranked in units of their scale, through its reciprocal (fast); the winner is
+    measured like the plain scale, so the result is never worse than plain on any group.
+    """
+    kept, top = groups.kept, np.float32((1 << bits) - 1)
+    best, best_scale = np.full(plain.error.shape, np.inf), plain.scale
+    best_zero = plain.zero_point
+    x, t = np.empty_like(kept), np.empty_like(kept)
+    for scale, zero_point in _candidates(groups, bits, symmetric, signed_scale, scale_dtype):
+        np.multiply(kept, (np.float32(1) / scale)[:, None], out=x)
+        np.rint(x, out=t)
+        np.maximum(t, -zero_point[:, None], out=t)
+        np.minimum(t, (top - zero_point)[:, None], out=t)
+        np.subtract(x, t, out=x)
+        np.multiply(x, x, out=x)
+        error = lane_sum(x) * (scale.astype(np.float64) * scale.astype(np.float64))
+        better = error < best
+        best = np.where(better, error, best)
+        best_scale = np.where(better, scale, best_scale)
+        best_zero = np.where(better, zero_point, best_zero)
+
+    found = _measure(kept, best_scale, best_zero, int(top))
+    squares = lane_sum(found.integers * found.integers)
+    products = lane_sum(kept * found.integers)
+    usable = squares > 0
+    ratio = np.divide(products, squares, out=found.scale.astype(np.float64), where=usable)
+    refit = _measure(kept, store_scale(ratio.astype(np.float32), scale_dtype), best_zero, int(top))
+    return _better(plain, _better(found, refit))
+
+
+def _better(first: Fit, second: Fit) -> Fit:
+    """Per group the second where its error is strictly lower."""
+    take = second.error < first.error
+    return Fit(
+        np.where(take, second.scale, first.scale),
+        np.where(take, second.zero_point, first.zero_point),
+        np.where(take[:, None], second.integers, first.integers),
+        np.where(take, second.error, first.error),
+    )
+
+
+def quantize_groups(
+    w: Array,
+    mask: Bool | None,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: str,
+    search: str,
+    signed_scale: bool,
+    codes: U8,
+    scale: Array,
+    zero_point: U8 | None,
+    sums: F64,
+) -> int:
+    """Codes, scales and zero points of groups of columns; see docs/kernels-contract.md.
+
+    w, mask, codes [rows, cols]; scale, zero_point [rows, groups]; sums float64 [rows, 3].
+    Returns -1; the flat index i of the first non-finite weight; or -2 - i where the scale of
+    the group that starts at flat index i does not fit `scale_dtype`. Outputs are then undefined.
+    """
+    rows, columns = w.shape
+    sums[...] = 0
+    if rows == 0 or columns == 0:
+        return -1
+    whole = columns // group_size
+    totals = np.zeros((rows, scale.shape[1], 3), np.float64)
+    overflow = w.size
+    bad = finite_index(w)
+    last_row = rows if bad < 0 else bad // columns + 1
+    for first_group, count, length in (
+        (0, whole, group_size),
+        (whole, 1, columns - whole * group_size),
+    ):
+        if count == 0 or length == 0:
+            continue
+        begin = first_group * group_size
+        per_row = count * length
+        step = max(1, TILE // per_row)
+        for row in range(0, last_row, step):
+            block = slice(row, min(row + step, last_row))
+            area = (block, slice(begin, begin + per_row))
+            shape = (-1, length)
+            values = w[area].astype(np.float32).reshape(shape)
+            keep = None if mask is None else mask[area].reshape(shape)
+            with np.errstate(all="ignore"):
+                fit, errors = _quantize_tile(
+                    values, keep, bits, symmetric, scale_dtype, search, signed_scale
+                )
+                shifted = (fit.integers + fit.zero_point[:, None])[:, :length]
+                codes[area] = shifted.astype(np.uint8).reshape(-1, per_row)
+                target = (block, slice(first_group, first_group + count))
+                scale[target] = fit.scale.reshape(-1, count).astype(scale.dtype)
+                if zero_point is not None:
+                    zero_point[target] = fit.zero_point.reshape(-1, count).astype(np.uint8)
+            totals[target] = errors.reshape(-1, count, 3)
+            lost = np.flatnonzero(~np.isfinite(fit.scale))
+            if lost.size:
+                r, g = divmod(int(lost[0]), count)
+                overflow = min(overflow, (row + r) * columns + begin + g * length)
+                break
+    sums[...] = np.cumsum(totals, axis=1)[:, -1]
+    if bad >= 0:  # the first offending group decides; inside one, the non-finite weight
+        r, c = divmod(bad, columns)
+        group_start = r * columns + c // group_size * group_size
+        if group_start <= overflow:
+            return bad
+    return -2 - overflow if overflow < w.size else -1
+
+
+def _quantize_tile(
+    values: F32,
+    keep: Bool | None,
+    bits: int,
+    symmetric: bool,
+    scale_dtype: str,
+    search: str,
+    signed_scale: bool,
+) -> tuple[Fit, F64]:
+    """values, keep [groups, length] -> the fit and float64 [groups, 3] (error, plain, sum w^2)."""
+    kept = values if keep is None else np.where(keep, values, np.float32(0))
+    low = np.minimum(kept.min(axis=1), np.float32(0))
+    high = np.maximum(kept.max(axis=1), np.float32(0))
+    groups = Groups(padded(kept), low, high, np.maximum(high, -low))
+    scale, zero = _plain(groups, bits, symmetric, scale_dtype)
+    plain = _measure(groups.kept, scale, zero, (1 << bits) - 1)
+    fit = plain
+    if search == "mse":
+        fit = _search(groups, plain, bits, symmetric, signed_scale, scale_dtype)
+        overflow = ~np.isfinite(plain.scale)
+        fit = fit._replace(scale=np.where(overflow, plain.scale, fit.scale))
+    energy = lane_sum(padded(values * values))
+    pruned = np.zeros_like(energy)
+    if keep is not None:
+        pruned = lane_sum(padded(np.where(keep, np.float32(0), values * values)))
+    return fit, np.stack([fit.error + pruned, plain.error + pruned, energy], axis=-1)
+
+
+# ---------------------------------------------------------------- codes
+
+
+def pack_bits(codes: U8, bits: int, out: U8) -> None:
+    """codes uint8 [rows, n] -> out uint8 [rows, >= ceil(n * bits / 8)], a little-endian bit stream.
+
+    Element i holds bits i * bits to (i + 1) * bits of its row; the rest of a row is zero.
+    """
+    rows, n = codes.shape
+    used = (n * bits + 7) // 8
+    out[:, used:] = 0
+    step = max(1, TILE // max(1, n))
+    for row in range(0, rows, step):
+        part = codes[row : row + step]
+        fields = np.unpackbits(part, axis=1, bitorder="little").reshape(len(part), n, 8)
+        stream = np.ascontiguousarray(fields[:, :, :bits]).reshape(len(part), n * bits)
+        out[row : row + step, :used] = np.packbits(stream, axis=1, bitorder="little")
+
+
+def unpack_bits(packed: U8, bits: int, out: U8) -> None:
+    """packed uint8 [rows, >= ceil(n * bits / 8)] -> out uint8 [rows, n]: the inverse of pack."""
+    rows, n = out.shape
+    step = max(1, TILE // max(1, n))
+    for row in range(0, rows, step):
+        part = packed[row : row + step]
+        stream = np.unpackbits(part, axis=1, bitorder="little", count=n * bits)
+        fields = np.zeros((len(part), n, 8), np.uint8)
+        fields[:, :, :bits] = stream.reshape(len(part), n, bits)
+        packed_fields = np.packbits(fields.reshape(len(part), n * 8), axis=1, bitorder="little")
+        out[row : row + step] = packed_fields
+
+
+def dequantize(
+    codes: U8, scale: F32, zero_point: U8 | None, bits: int, group_size: int, out: F32
+) -> None:
+    """out float32 [rows, cols] = (codes - zero_point) * scale, one rounding a weight.
+
+    scale float32 and zero_point uint8 [rows, groups]; None stands for 2^(bits-1).
+    """
+    columns = codes.shape[1]
+    step = max(1, TILE // max(1, columns))
+    group = np.arange(columns) // group_size
+    for row in range(0, codes.shape[0], step):
+        block = slice(row, row + step)
+        zero: Any = np.float32(1 << (bits - 1))
+        if zero_point is not None:
+            zero = zero_point[block].astype(np.float32)[:, group]
+        with np.errstate(all="ignore"):
+            out[block] = (codes[block].astype(np.float32) - zero) * scale[block][:, group]
+
+
+# ---------------------------------------------------------------- bitmasks
+
+
+def bitmask_compress(values: Array, mask: Bool, bits_out: U8, kept_out: Array) -> int:
+    """Kept values, row after row, and one bit a weight; returns how many were kept.
+
+    values, mask [rows, n]; bits_out uint8 [rows, ceil(n / 8)], little bit order; kept_out has room.
+    """
+    bits_out[...] = np.packbits(mask, axis=1, bitorder="little")
+    kept = values[mask]
+    kept_out[: kept.size] = kept
+    return int(kept.size)
+
+
+def bitmask_expand(bits: U8, kept: Array, fill: Array, out: Array) -> None:
+    """The inverse: out [rows, n] = next kept value where the bit is set, else `fill`."""
+    mask = np.unpackbits(bits, axis=1, count=out.shape[1], bitorder="little").view(np.bool_)
+    out[...] = fill
+    out[mask] = kept
+
+
+def count_bits(bits: U8, columns: int) -> int:
+    """Set bits among the first `columns` of every row."""
+    mask = np.unpackbits(bits, axis=1, count=columns, bitorder="little")
+    return int(np.count_nonzero(mask))
+
+
+# ---------------------------------------------------------------- low rank
+
+
+def add_low_rank(matrix: F32, b: F32, a: F32) -> None:
+    """matrix [rows, cols] += b [rows, r] @ a [r, cols]: r rank-1 updates, no FMA, k ascending."""
+    rows, columns = matrix.shape
+    step = max(1, TILE // max(1, columns))
+    with np.errstate(all="ignore"):
+        for row in range(0, rows, step):
+            block = slice(row, row + step)
+            for k in range(b.shape[1]):
+                matrix[block] += b[block, k, None] * a[k]

@@ -1,0 +1,266 @@
+"""`low-rank`: factors B A that repair what pruning and quantization took from a matrix.
+
+E = W - (dequant(codes) or the pruned W), protected entries left out, and B A its leading part in
+the Frobenius norm. Without data every weight counts the same, so on a flat residual a rank takes
+only its share: compare with spending the bytes on bits (the report does).
+
+Sums left in `Tensor.notes`:
+
+    squared_error       of the decoded matrix, with the factors as they are stored
+    base_squared_error  of the codes without the factors, protected entries exact
+    squared_norm        of the source
+    alternate_rounds    rounds of `alternate` behind the result; 0: the codes were not changed
+    alternate_weights   1 where the result began with the leading part of W
+    nothing_to_repair   1 where no pass had changed the matrix, or the rank came to 0
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress import kernels
+from compress.errors import InputError, UsageError, show
+from compress.passes.base import Pass, Terms, option, refuse
+from compress.passes.quantize import SQUARED_ERROR, SQUARED_NORM, Quantize
+from compress.solvers.alternate import Places, Problem, alternate
+from compress.solvers.group_quantizer import working_dtype
+from compress.solvers.randomized_svd import truncated_svd
+from compress.tensor import Array, Codes, Factors, Role, Tensor, TensorInfo
+
+BASE_SQUARED_ERROR = "base_squared_error"
+ALTERNATE_ROUNDS = "alternate_rounds"
+ALTERNATE_WEIGHTS = "alternate_weights"
+NOTHING_TO_REPAIR = "nothing_to_repair"
+
+DEFAULT_RANK = 16
+FACTOR_TAGS = {"fp16": "F16", "int8": "I8"}
+# A base that must be usable without its adapter may have at most this many times the relative
+# error of the codes that the recipe's quantizer gave before alternating.
+BASE_STANDS = 1.5
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LowRank(Pass):
+    """Add a low-rank residual that repairs pruning and rounding."""
+
+    name: ClassVar[str] = "low-rank"
+    writes: ClassVar[str] = "factors"
+
+    rank: int | None = option(None, "rank of the factors (16 unless bpw is given)", low=1)
+    bpw: float | None = option(
+        None, "instead of a rank: bits the factors may cost per weight of each tensor", low=0
+    )
+    factor_dtype: str = option("fp16", "stored type of the factors", choices=("fp16", "int8"))
+    alternate: int = option(
+        0, "rounds of quantizing W - BA and decomposing the rest anew", low=0, high=100
+    )
+    needs_adapter: bool = option(
+        False, "let alternate find a base that is only good together with its factors"
+    )
+    seed: int = option(0, "seed of the random start of large decompositions", low=0)
+
+    # Set by the planner, not by users.
+    quantizer: Quantize | None = field(default=None)
+    base_must_stand: bool = field(default=False)
+
+    def validate(self) -> None:
+        """Raises UsageError where both rank and bpw are given, or bpw is 0."""
+        if self.rank is not None and self.bpw is not None:
+            raise UsageError(
+                f"low-rank: rank={self.rank} and bpw={self.bpw:g} exclude each other",
+                hint="give one of them",
+            )
+        if self.bpw is not None and not self.bpw > 0:
+            raise UsageError(f"low-rank: bpw={self.bpw:g} leaves no rank", hint="e.g. bpw=0.5")
+
+    def check(self, info: TensorInfo) -> None:
+        """Raises UsageError for a rank larger than the matrix allows."""
+        _, out_features, in_features = _stack(info)
+        most = min(out_features, in_features)
+        if self.rank_of(info) > most:
+            raise refuse(
+                info,
+                f"rank={self.rank_of(info)} is more than its smaller side, {most}",
+                f"use rank={max(most, 1)} or less, bpw=..., or ignore",
+            )
+
+    def bind(
+        self, info: TensorInfo, earlier: Sequence[Pass], *, base_stands_alone: bool
+    ) -> LowRank:
+        """With the quantizer that this tensor's codes come from, for `alternate`."""
+        quantizer = next((p for p in reversed(earlier) if isinstance(p, Quantize)), None)
+        return dataclasses.replace(self, quantizer=quantizer, base_must_stand=base_stands_alone)
+
+    def rank_of(self, info: TensorInfo) -> int:
+        """The rank for one tensor; 0 where not even rank 1 costs at most bpw bits a weight."""
+        if self.bpw is None:
+            return self.rank if self.rank is not None else DEFAULT_RANK
+        _, out_features, in_features = _stack(info)
+        if self.factor_dtype == "int8":  # and one float32 scale for each column and row
+            bits_a_rank = 8 * (out_features + in_features) + 64
+        else:
+            bits_a_rank = 16 * (out_features + in_features)
+        affordable = int(self.bpw * out_features * in_features / bits_a_rank)
+        return min(affordable, out_features, in_features)
+
+    def predict(self, info: TensorInfo, terms: Terms) -> Terms:
+        """The terms with factors; unchanged where there is nothing to repair or the rank is 0."""
+        rank = self.rank_of(info)
+        if rank == 0 or (terms.codes is None and terms.nonzeros is None):
+            return terms
+        passes = terms.passes if self.name in terms.passes else (*terms.passes, self.name)
+        return dataclasses.replace(
+            terms, rank=rank, factor_dtype=FACTOR_TAGS[self.factor_dtype], passes=passes
+        )
+
+    def row_wise(self, info: TensorInfo) -> bool:
+        """False: the factors see the whole matrix."""
+        return False
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Write the factors, and with `alternate` also the codes.
+
+        Raises InputError for a weight that is not finite or a factor that fp16 cannot hold, and
+        UsageError where `alternate` has no quantizer to work with.
+        """
+        rank = self.rank_of(tensor.info)
+        if rank == 0 or (tensor.codes is None and tensor.mask is None):
+            return tensor.with_(notes=tensor.notes | {NOTHING_TO_REPAIR: 1.0})
+        if tensor.codes is None:
+            return self._repair_pruned(tensor, rank)
+        if self.alternate and self.quantizer is None:
+            raise UsageError(
+                f"tensor {show(tensor.info.name)}: alternate={self.alternate} has no quantizer",
+                hint="put quantize before low-rank in the recipe, or leave alternate out",
+            )
+        problem = self._problem(tensor, rank)
+        limit = None
+        if self.base_must_stand and not self.needs_adapter:
+            limit = BASE_STANDS**2 * problem.base_squared_error(tensor.codes)
+        best = alternate(problem, tensor.codes, self.alternate, base_limit=limit)
+        notes = tensor.notes | {
+            SQUARED_ERROR: best.squared_error,
+            BASE_SQUARED_ERROR: best.base_squared_error,
+            SQUARED_NORM: _squared_norm(tensor),
+            ALTERNATE_ROUNDS: float(best.rounds),
+            ALTERNATE_WEIGHTS: float(best.from_weights),
+        }
+        return tensor.with_(codes=best.codes, factors=best.factors, notes=notes)
+
+    def _problem(self, tensor: Tensor, rank: int) -> Problem:
+        def requantize(matrix: Matrix) -> Codes:
+            if self.quantizer is None:
+                raise UsageError("low-rank: alternate has no quantizer")
+            again = self.quantizer.apply(tensor.with_(source=matrix, codes=None, factors=None))
+            if again.codes is None:
+                raise ValueError("the quantizer wrote no codes")
+            return again.codes
+
+        def factorise(matrix: Matrix) -> Factors:
+            return self.factorise(matrix, tensor.info, rank)
+
+        return Problem(working_dtype(tensor.source), _exact(tensor), requantize, factorise)
+
+    def _repair_pruned(self, tensor: Tensor, rank: int) -> Tensor:
+        """Factors of the pruned weights, where there are no codes."""
+        source = working_dtype(tensor.source)
+        bad = kernels.finite_index(source)
+        if bad >= 0:
+            row, column = divmod(bad, source.shape[1])
+            raise InputError(
+                f"tensor {show(tensor.info.name)}: weight [{row}, {column}] is "
+                f"{tensor.source[row, column]}",
+                hint="repair the checkpoint, or leave the tensor out with ignore",
+            )
+        base = tensor.with_(factors=None).decode()
+        base_error, norm = _error(source, base)
+        np.subtract(source, base, out=base)  # 0 where protected: the base decodes it exactly
+        factors = self.factorise(base, tensor.info, rank)
+        del base
+        decoded = tensor.with_(factors=factors).decode()
+        notes = tensor.notes | {
+            SQUARED_ERROR: _error(source, decoded)[0],
+            BASE_SQUARED_ERROR: base_error,
+            SQUARED_NORM: norm,
+        }
+        return tensor.with_(factors=factors, notes=notes)
+
+    def factorise(self, matrix: Matrix, info: TensorInfo, rank: int) -> Factors:
+        """The leading part of a matrix [rows, columns] as factors of the stored type.
+
+        Fused experts are decomposed one by one. Raises InputError where fp16 overflows.
+        """
+        experts, out_features, in_features = _stack(info)
+        if info.role is not Role.EXPERTS:
+            found = truncated_svd(matrix, rank, seed=self.seed, name=info.name)
+            return self._stored(*found.balanced(), info)
+        b = np.empty((experts, out_features, rank), np.float32)
+        a = np.empty((experts, rank, in_features), np.float32)
+        for e in range(experts):
+            part = matrix[e * out_features : (e + 1) * out_features]
+            name = f"{info.name}#{e}"
+            b[e], a[e] = truncated_svd(part, rank, seed=self.seed, name=name).balanced()
+        return self._stored(b, a, info)
+
+    def _stored(self, b: Matrix, a: Matrix, info: TensorInfo) -> Factors:
+        if self.factor_dtype == "int8":
+            b_codes, b_scale = _round_to_int8(b, axis=-2)
+            a_codes, a_scale = _round_to_int8(a, axis=-1)
+            return Factors(b_codes, a_codes, b_scale, a_scale)
+        with np.errstate(over="ignore"):
+            factors = Factors(b.astype(np.float16), a.astype(np.float16))
+        if not (np.isfinite(factors.b).all() and np.isfinite(factors.a).all()):
+            raise InputError(
+                f"tensor {show(info.name)}: its low-rank factors are too large for fp16",
+                hint="use factor_dtype=int8, which carries its own scales, or ignore",
+            )
+        return factors
+
+    def facts(self) -> dict[str, Any]:
+        """The limit on what `alternate` may do to the base, where there is one."""
+        constrained = self.alternate and self.base_must_stand and not self.needs_adapter
+        return {"base_error_at_most": BASE_STANDS} if constrained else {}
+
+
+def _stack(info: TensorInfo) -> tuple[int, int, int]:
+    """(experts, out_features, in_features); one expert for all that is not a stack."""
+    rows, columns = info.matrix_shape
+    if info.role is Role.EXPERTS and info.shape[:-2]:
+        out_features = info.shape[-2]
+        return rows // max(out_features, 1), out_features, columns
+    return 1, rows, columns
+
+
+def _exact(tensor: Tensor) -> Places | None:
+    outliers = tensor.outliers
+    if outliers is None or not outliers.rows.size:
+        return None
+    return outliers.rows, outliers.columns
+
+
+def _round_to_int8(factor: Matrix, axis: int) -> tuple[Array, NDArray[np.float32]]:
+    """Symmetric codes and one float32 scale for each rank: absmax / 127 along `axis`."""
+    absmax = np.abs(factor).max(axis=axis, keepdims=True)
+    scale = np.where(absmax > 0, absmax / np.float32(127), np.float32(1)).astype(np.float32)
+    codes = np.clip(np.rint(factor / scale), -127, 127).astype(np.int8)
+    return codes, np.ascontiguousarray(scale.squeeze(axis))
+
+
+def _error(source: Array, decoded: Matrix) -> tuple[float, float]:
+    """(squared error, squared norm) in float64."""
+    sums = np.zeros(2, np.float64)
+    kernels.error_sums(working_dtype(source), decoded, sums)
+    return float(sums[0]), float(sums[1])
+
+
+def _squared_norm(tensor: Tensor) -> float:
+    known = tensor.notes.get(SQUARED_NORM)
+    return known if known is not None else _error(tensor.source, tensor.decode())[1]

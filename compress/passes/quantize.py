@@ -1,0 +1,306 @@
+"""`quantize`: integer codes with one scale (and zero point) per group of columns.
+
+Scales come from kept, unprotected weights alone; a pruned weight gets the code of zero and so
+decodes to exactly zero. With `search=mse` the scale of each group is the one with the least
+squared error among shrunk candidates, and never worse than plain rounding's.
+
+Sums left in `Tensor.notes` (additive over the tiles of a tensor, float):
+
+    squared_error        of the decoded tile against its source, protected entries exact
+    plain_squared_error  the same for plain rounding: same bytes, no search
+    squared_norm         of the source
+    floored_scales       groups whose scale fell below the smallest normal number of scale_dtype
+                         (such a group loses precision: a wider scale_dtype keeps it)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from compress.errors import InputError, UsageError, show
+from compress.kernels.reference import SMALLEST_NORMAL
+from compress.passes.base import CodesSpec, Pass, Terms, option, refuse
+from compress.patterns import matches_any, require_matches
+from compress.solvers.group_quantizer import CannotQuantize, quantize_matrix, working_dtype
+from compress.tensor import Array, Codes, Tensor, TensorInfo
+
+SQUARED_ERROR = "squared_error"
+PLAIN_SQUARED_ERROR = "plain_squared_error"
+SQUARED_NORM = "squared_norm"
+FLOORED_SCALES = "floored_scales"
+
+SCALE_TAGS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+PER_CHANNEL, PER_TENSOR = -1, 0
+_OVERRIDABLE = (
+    "bits",
+    "group",
+    "symmetric",
+    "search",
+    "signed_scale",
+    "scale_dtype",
+    "on_indivisible",
+)
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Round weights to 2-8 bits, with scales searched for the least squared error."""
+
+    name: ClassVar[str] = "quantize"
+    writes: ClassVar[str] = "codes"
+
+    bits: int = option(4, "bits per weight", low=2, high=8)
+    group: int = option(
+        128,
+        "columns that share a scale; -1: one scale per row, 0: one per tensor",
+        low=-1,
+        aliases=("group_size",),
+    )
+    symmetric: bool = option(True, "no zero points; false: an integer zero point per group")
+    search: str = option(
+        "mse",
+        "choose each scale by least squared error, or plain rounding from the range",
+        choices=("mse", "none"),
+    )
+    signed_scale: bool = option(
+        True, "let the search try negative scales, which put the extra code on the other side"
+    )
+    scale_dtype: str = option("fp16", "stored type of the scales", choices=("fp16", "bf16", "fp32"))
+    on_indivisible: str = option(
+        "error",
+        "where the group does not divide the columns: refuse, let the last group be short, "
+        "or use one scale per row",
+        choices=("error", "short", "channel"),
+    )
+    overrides: tuple[Mapping[str, Any], ...] = option(
+        (), "other options for some targets: {targets: [...], bits: 8}; the first match wins"
+    )
+
+    def validate(self) -> None:
+        """Raises UsageError for an override that is not a mapping of known, legal options."""
+        for i, override in enumerate(self.overrides):
+            _check_override(f"quantize: overrides[{i}]", override)
+
+    def check(self, info: TensorInfo) -> None:
+        """Raises UsageError for an empty tensor or a group that does not divide its columns."""
+        rows, columns = info.matrix_shape
+        if rows == 0 or columns == 0:
+            raise refuse(info, "is empty", "leave it out with ignore")
+        if not info.is_float:
+            raise refuse(info, f"holds {info.dtype}, not floats", "leave it out with ignore")
+        me = self.for_tensor(info)
+        if me.group > 0 and columns % me.group and me.on_indivisible == "error":
+            raise refuse(
+                info,
+                f"its {columns} columns are not a multiple of group={me.group}",
+                _ways_out(columns, me.group),
+            )
+
+    def check_all(self, infos: list[TensorInfo]) -> None:
+        """Raises UsageError for an override whose pattern matches none of the pass's targets."""
+        for override in self.overrides:
+            require_matches("quantize: override", _patterns(override), infos)
+
+    def for_tensor(self, info: TensorInfo) -> Quantize:
+        """This pass with the first matching override applied and no overrides left."""
+        for override in self.overrides:
+            if matches_any(_patterns(override), info):
+                changes = {_field_name(k): v for k, v in override.items() if k != "targets"}
+                return dataclasses.replace(self, overrides=(), **changes)
+        return dataclasses.replace(self, overrides=()) if self.overrides else self
+
+    def spec(self, info: TensorInfo) -> CodesSpec:
+        """What the tensor's codes will be, from its header."""
+        me = self.for_tensor(info)
+        columns = max(info.matrix_shape[1], 1)
+        whole_row = me.group <= 0 or me.group >= columns
+        if columns % max(me.group, 1) and me.on_indivisible == "channel":
+            whole_row = True
+        return CodesSpec(
+            bits=me.bits,
+            group_size=columns if whole_row else me.group,
+            symmetric=me.symmetric,
+            scale_dtype=SCALE_TAGS[me.scale_dtype],
+            per_tensor=me.group == PER_TENSOR,
+        )
+
+    def predict(self, info: TensorInfo, terms: Terms) -> Terms:
+        """The terms with codes of the resolved bits, group and scale type."""
+        passes = terms.passes if self.name in terms.passes else (*terms.passes, self.name)
+        return dataclasses.replace(terms, codes=self.spec(info), passes=passes)
+
+    def row_wise(self, info: TensorInfo) -> bool:
+        """True unless one scale serves the whole tensor."""
+        return self.for_tensor(info).group != PER_TENSOR
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Write the codes of one tile.
+
+        Raises InputError for a weight that is not finite, and for a scale that its stored type
+        cannot hold; both name the tensor and the way out.
+        """
+        me = self.for_tensor(tensor.info)
+        spec = self.spec(tensor.info)
+        values = _without_protected(tensor)
+        try:
+            codes, sums = quantize_matrix(
+                values, tensor.mask, spec, search=me.search, signed_scale=me.signed_scale
+            )
+        except CannotQuantize as bad:
+            raise _input_error(tensor, bad, me.scale_dtype) from None
+        error, plain = sums.squared_error, sums.plain_squared_error
+        norm = sums.squared_norm
+        outliers = tensor.outliers
+        if outliers is not None and outliers.rows.size:
+            if outliers.in_scale:  # coded like the others, then overwritten: no error there
+                error -= _error_at_outliers(tensor, codes, values)
+                plain -= _plain_error_at_outliers(tensor, spec, values)
+            else:
+                norm += float(np.sum(outliers.values.astype(np.float64) ** 2))
+        notes = tensor.notes | {
+            SQUARED_ERROR: max(error, 0.0),
+            PLAIN_SQUARED_ERROR: max(plain, 0.0),
+            SQUARED_NORM: norm,
+            FLOORED_SCALES: float(_floored(codes, spec.scale_dtype)),
+        }
+        return tensor.with_(codes=codes, notes=notes)
+
+
+def _patterns(override: Mapping[str, Any]) -> list[str]:
+    targets = override["targets"]
+    return [targets] if isinstance(targets, str) else list(targets)
+
+
+def _options() -> dict[str, dataclasses.Field[Any]]:
+    """Overridable options by every spelling."""
+    found = {f.name: f for f in dataclasses.fields(Quantize) if f.name in _OVERRIDABLE}
+    aliases = {a: f for f in found.values() for a in f.metadata["aliases"]}
+    return found | aliases
+
+
+def _field_name(key: str) -> str:
+    return _options()[key].name
+
+
+def _check_override(where: str, override: Any) -> None:
+    """Refuse (UsageError) an override with missing targets, unknown keys or illegal values."""
+    if not isinstance(override, Mapping):
+        raise UsageError(f"{where} is not a mapping", hint="write {targets: [...], bits: 8}")
+    targets = override.get("targets")
+    listed = [targets] if isinstance(targets, str) else targets
+    if not isinstance(listed, (list, tuple)) or not listed:
+        raise UsageError(f"{where} has no targets", hint="write {targets: [...], bits: 8}")
+    if not all(isinstance(pattern, str) for pattern in listed):
+        raise UsageError(f"{where}: targets must be patterns", hint="quote them as strings")
+    options = _options()
+    seen: set[str] = set()
+    for key, value in override.items():
+        if key == "targets":
+            continue
+        if key not in options:
+            near = difflib.get_close_matches(str(key), options, n=1)
+            known = "the keys are targets, " + ", ".join(_OVERRIDABLE)
+            hint = f"did you mean '{near[0]}'? {known}" if near else known
+            raise UsageError(f"{where}: unknown key '{show(str(key))}'", hint=hint)
+        name = options[key].name
+        if name in seen:
+            raise UsageError(f"{where}: {name} is given twice", hint="keep one of the spellings")
+        seen.add(name)
+        _check_value(f"{where}: {key}", value, options[key])
+    if not seen:
+        raise UsageError(f"{where} changes nothing", hint="add an option, e.g. bits: 8")
+
+
+def _check_value(where: str, value: Any, field: dataclasses.Field[Any]) -> None:
+    """Refuse (UsageError) a value of the wrong type, out of range, or not among the choices."""
+    kind = type(field.default)
+    if type(value) is not kind:
+        raise UsageError(f"{where} is {show(repr(value))}, not {kind.__name__}", hint=None)
+    low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
+    if choices and value not in choices:
+        raise UsageError(
+            f"{where} is {show(repr(value))}", hint="the choices are " + ", ".join(choices)
+        )
+    if (low is not None and value < low) or (high is not None and value > high):
+        limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        raise UsageError(f"{where} is {value}", hint=f"it must be {limits}")
+
+
+def _ways_out(columns: int, group: int) -> str:
+    divisor = max((g for g in range(16, group + 1) if columns % g == 0), default=None)
+    ways = f"use group={divisor}, " if divisor else "use "
+    return ways + (
+        "on_indivisible=channel (one scale per row), on_indivisible=short (a shorter last group), "
+        "an override for this tensor, or ignore"
+    )
+
+
+def _without_protected(tensor: Tensor) -> Array:
+    """The source, with entries stored outside of their scale set to zero in a copy."""
+    outliers = tensor.outliers
+    if outliers is None or outliers.in_scale or not outliers.rows.size:
+        return tensor.source
+    values: Array = tensor.source.copy()
+    values[outliers.rows, outliers.columns] = 0
+    return values
+
+
+def _input_error(tensor: Tensor, bad: CannotQuantize, scale_dtype: str) -> InputError:
+    row, column = tensor.first_row + bad.row, bad.column
+    value = tensor.source[bad.row, bad.column]
+    if bad.overflow:
+        what = f"the group at [{row}, {column}] needs a scale larger than {scale_dtype} can hold"
+        wider = "bf16 or fp32" if scale_dtype == "fp16" else "fp32"
+        hint = f"use scale_dtype={wider}, or leave the tensor out with ignore"
+    else:
+        what = f"weight [{row}, {column}] is {value}"
+        if np.isfinite(float(value)):
+            what += ", too large for float32"
+        hint = "repair the checkpoint, or leave the tensor out with ignore"
+    return InputError(f"tensor {show(tensor.info.name)}: {what}", hint=hint)
+
+
+def _floored(codes: Codes, scale_dtype: str) -> int:
+    """Groups whose scale is the smallest normal number of its type."""
+    smallest = SMALLEST_NORMAL[scale_dtype]
+    return int(np.count_nonzero(np.abs(codes.scale.astype(np.float32)) == smallest))
+
+
+def _error_at_outliers(tensor: Tensor, codes: Codes, values: Array) -> float:
+    """Squared error of the codes at the protected entries, before these are overwritten."""
+    if tensor.outliers is None:
+        return 0.0
+    rows, inverse = np.unique(tensor.outliers.rows, return_inverse=True)
+    scale, zero_point = codes.scale, codes.zero_point
+    if scale.shape[0] == codes.values.shape[0]:
+        scale = scale[rows]
+        zero_point = None if zero_point is None else zero_point[rows]
+    few = dataclasses.replace(
+        codes, values=np.ascontiguousarray(codes.values[rows]), scale=scale, zero_point=zero_point
+    )
+    columns = tensor.outliers.columns
+    decoded = few.dequantize()[inverse, columns].astype(np.float64)
+    exact = values[tensor.outliers.rows, columns].astype(np.float64)
+    return float(np.sum((exact - decoded) ** 2))
+
+
+def _plain_error_at_outliers(tensor: Tensor, spec: CodesSpec, values: Array) -> float:
+    """The same for plain rounding; only the rows that matter are rounded again."""
+    if tensor.outliers is None:
+        return 0.0
+    if spec.per_tensor:
+        codes, _ = quantize_matrix(values, tensor.mask, spec, search="none")
+        return _error_at_outliers(tensor, codes, values)
+    rows, inverse = np.unique(tensor.outliers.rows, return_inverse=True)
+    mask = None if tensor.mask is None else tensor.mask[rows]
+    few = working_dtype(values[rows])
+    codes, _ = quantize_matrix(few, mask, spec, search="none")
+    columns = tensor.outliers.columns
+    decoded = codes.dequantize()[inverse, columns].astype(np.float64)
+    return float(np.sum((few[inverse, columns].astype(np.float64) - decoded) ** 2))

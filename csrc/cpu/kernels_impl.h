@@ -1,0 +1,773 @@
+// The loops, written once over sixteen lanes and compiled for every instruction set.
+//
+// Included inside an anonymous namespace after a lanes_*.h and a bytes_*.h. Uses no inline library
+// function (see lanes_base.h) and no fused multiply-add; sums follow `lane_sum` in reference.py:
+// 16 float lanes over at most kChunk entries, a fixed tree, then double.
+
+constexpr size_t kLanes = 16;
+constexpr size_t kChunk = 4096;
+constexpr int kCandidates = 16;
+constexpr float kInfinity = __builtin_inff();
+
+COMPRESS_INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+COMPRESS_INLINE float smaller(float a, float b) { return a < b ? a : b; }
+COMPRESS_INLINE float larger(float a, float b) { return a > b ? a : b; }
+
+template <int K>
+COMPRESS_INLINE size_t item_size() {
+  return K == kFloat32 ? 4 : 2;
+}
+
+template <int K>
+COMPRESS_INLINE F load_weights(const uint8_t* p) {
+  if (K == kFloat32) return load(p);
+  return K == kFloat16 ? load_f16(p) : load_bf16(p);
+}
+
+// Up to 16 weights; missing ones are zero, which no sum, minimum or maximum here can feel.
+template <int K>
+COMPRESS_INLINE F load_some(const uint8_t* p, size_t count) {
+  if (count >= kLanes) return load_weights<K>(p);
+  uint8_t bytes[kLanes * 4] = {0};
+  memcpy(bytes, p, count * item_size<K>());
+  return load_weights<K>(bytes);
+}
+
+// Calls `f.run<K>()` for the kind at hand.
+template <class Function>
+static auto by_kind(Kind kind, const Function& f) {
+  if (kind == kFloat32) return f.template run<kFloat32>();
+  if (kind == kFloat16) return f.template run<kFloat16>();
+  return f.template run<kBFloat16>();
+}
+
+// ---------------------------------------------------------------- magnitudes
+
+COMPRESS_INLINE uint32_t key_at(const uint8_t* w, bool wide, size_t i) {
+  if (wide) {
+    uint32_t bits;
+    memcpy(&bits, w + 4 * i, 4);
+    return bits & 0x7FFFFFFFu;
+  }
+  uint16_t bits;
+  memcpy(&bits, w + 2 * i, 2);
+  return bits & 0x7FFFu;
+}
+
+template <class Count>
+static void count_keys(const uint8_t* w, bool wide, size_t n, Count* first, Count* second) {
+  const int shift = wide ? 16 : 0;
+  const size_t step = wide ? 2 : 4;
+  size_t i = 0;
+  for (; i + 2 * step <= n; i += 2 * step) {
+    const uint64_t x = load_u64(w + i * (wide ? 4 : 2));
+    const uint64_t y = load_u64(w + (i + step) * (wide ? 4 : 2));
+    if (wide) {
+      ++first[(x >> 16) & 0x7FFF];
+      ++second[(x >> 48) & 0x7FFF];
+      ++first[(y >> 16) & 0x7FFF];
+      ++second[(y >> 48) & 0x7FFF];
+    } else {
+      ++first[x & 0x7FFF];
+      ++second[(x >> 16) & 0x7FFF];
+      ++first[(x >> 32) & 0x7FFF];
+      ++second[(x >> 48) & 0x7FFF];
+      ++first[y & 0x7FFF];
+      ++second[(y >> 16) & 0x7FFF];
+      ++first[(y >> 32) & 0x7FFF];
+      ++second[(y >> 48) & 0x7FFF];
+    }
+  }
+  for (; i < n; ++i) ++first[key_at(w, wide, i) >> shift];
+}
+
+static void magnitude_histogram(const uint8_t* w, Kind kind, size_t n, uint64_t* counts) {
+  constexpr size_t bins = 1 << 15, piece = (size_t)1 << 30;
+  const bool wide = kind == kFloat32;
+  // Two narrow tables: half the cache of wide ones, and equal neighbours do not wait for a store.
+  uint32_t* tables = n < 1 << 16 ? nullptr : (uint32_t*)calloc(2 * bins, sizeof(uint32_t));
+  if (!tables) {
+    count_keys(w, wide, n, counts, counts);
+    return;
+  }
+  for (size_t start = 0; start < n; start += piece) {
+    count_keys(w + start * (wide ? 4 : 2), wide, smaller(piece, n - start), tables, tables + bins);
+    for (size_t bin = 0; bin < bins; ++bin) {
+      counts[bin] += (uint64_t)tables[bin] + tables[bins + bin];
+      tables[bin] = tables[bins + bin] = 0;
+    }
+  }
+  free(tables);
+}
+
+static void magnitude_histogram_low(const uint8_t* w, size_t n, uint32_t prefix,
+                                    uint64_t* counts) {
+  size_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    for (uint32_t equal = prefix_bits(w + 4 * i, prefix); equal; equal &= equal - 1) {
+      ++counts[key_at(w, true, i + (size_t)__builtin_ctz(equal)) & 0xFFFF];
+    }
+  }
+  for (; i < n; ++i) {
+    const uint32_t key = key_at(w, true, i);
+    if (key >> 16 == prefix) ++counts[key & 0xFFFF];
+  }
+}
+
+template <bool Wide>
+static size_t threshold(const uint8_t* w, size_t n, uint32_t key, size_t ties, uint8_t* mask) {
+  size_t used = 0, i = 0;
+  for (; i + 32 <= n; i += 32) {
+    uint32_t equal = compare_keys<Wide>(w + i * (Wide ? 4 : 2), key, mask + i);
+    for (; equal && used < ties; equal &= equal - 1, ++used) mask[i + (size_t)__builtin_ctz(equal)] = 1;
+  }
+  for (; i < n; ++i) {
+    const uint32_t own = key_at(w, Wide, i);
+    const bool tie = own == key && used < ties;
+    mask[i] = own > key || tie;
+    used += tie;
+  }
+  return used;
+}
+
+static size_t threshold_mask(const uint8_t* w, Kind kind, size_t n, uint32_t key, size_t ties,
+                             uint8_t* mask) {
+  if (kind == kFloat32) return threshold<true>(w, n, key, ties, mask);
+  if (key > 0x7FFF) {
+    memset(mask, 0, n);
+    return 0;
+  }
+  return threshold<false>(w, n, key, ties, mask);
+}
+
+struct FiniteIndex {
+  const uint8_t* w;
+  size_t n;
+
+  template <int K>
+  int64_t run() const {
+    constexpr uint32_t largest = 0x7F7FFFFFu;
+    for (size_t start = 0; start < n; start += kChunk) {
+      const size_t end = smaller(start + kChunk, n);
+      U worst = set1u(0);
+      for (size_t i = start; i < end; i += kLanes) {
+        worst = umax(worst, abs_bits(load_some<K>(w + i * item_size<K>(), end - i)));
+      }
+      if (reduce_umax(worst) <= largest) continue;
+      for (size_t i = start; i < end; ++i) {
+        const U one = abs_bits(load_some<K>(w + i * item_size<K>(), 1));
+        if (reduce_umax(one) > largest) return (int64_t)i;
+      }
+    }
+    return -1;
+  }
+};
+
+static int64_t finite_index(const uint8_t* w, Kind kind, size_t n) {
+  return by_kind(kind, FiniteIndex{w, n});
+}
+
+// ---------------------------------------------------------------- quantization
+
+// Scale candidates; the same tables stand in reference.py.
+constexpr double kSymmetricBounds[9][2] = {{0, 0},       {0, 0},       {0.60, 2.40},
+                                           {0.80, 1.90}, {0.86, 1.50}, {0.90, 1.25},
+                                           {0.94, 1.12}, {0.96, 1.06}, {0.98, 1.03}};
+constexpr double kAsymmetricLast[9] = {0, 0, 0.25, 0.55, 0.78, 0.92, 0.95, 0.97, 0.985};
+constexpr int kBothEnds = 8, kOneEnd = 4;
+
+struct Factors {
+  float low[kCandidates], high[kCandidates];  // symmetric: `low` alone
+};
+
+static void fill_factors(Factors& f, int bits, bool symmetric) {
+  if (symmetric) {
+    const double half = 1 << (bits - 1);
+    const double first = kSymmetricBounds[bits][0], last = kSymmetricBounds[bits][1];
+    const double step = (last - first) / (kCandidates - 1);
+    for (int k = 0; k < kCandidates; ++k) f.low[k] = (float)(1.0 / (half * (first + step * k)));
+    return;
+  }
+  const double last = kAsymmetricLast[bits];
+  for (int k = 0; k < kBothEnds; ++k) {
+    f.low[k] = f.high[k] = (float)(1.0 - (1.0 - last) * (k + 1) / kBothEnds);
+  }
+  for (int k = 0; k < kOneEnd; ++k) {
+    const float shrink = (float)(1.0 - (1.0 - last) * (k + 1) / kOneEnd);
+    f.low[kBothEnds + k] = f.high[kBothEnds + kOneEnd + k] = shrink;
+    f.high[kBothEnds + k] = f.low[kBothEnds + kOneEnd + k] = 1.0f;
+  }
+}
+
+COMPRESS_INLINE F stored(F scale, Kind kind) {
+  if (kind == kFloat16) return lift(round_f16(scale), 6.103515625e-05f);
+  return lift(kind == kBFloat16 ? round_bf16(scale) : scale, 1.17549435e-38f);
+}
+COMPRESS_INLINE float stored_scalar(float scale, Kind kind) {
+  float lanes[kLanes];
+  store(lanes, stored(set1(scale), kind));
+  return lanes[0];
+}
+
+static void write_scale(uint8_t* out, size_t index, float scale, Kind kind) {
+  uint32_t bits;
+  memcpy(&bits, &scale, 4);
+  if (kind == kFloat32) {
+    memcpy(out + 4 * index, &bits, 4);
+    return;
+  }
+  uint16_t half = (uint16_t)(bits >> 16);
+  if (kind == kFloat16) {  // a normal fp16 value by now: only the exponent's bias differs
+    half = (uint16_t)((bits >> 16 & 0x8000u) | (((bits & 0x7FFFFFFFu) - (112u << 23)) >> 13));
+  }
+  memcpy(out + 2 * index, &half, 2);
+}
+
+struct Range {
+  F low, high, energy, pruned;
+  U worst;
+};
+
+// Converts up to kChunk weights to float32 with pruned ones zeroed, padded to whole blocks.
+template <int K, bool Masked>
+COMPRESS_INLINE void load_group(const uint8_t* w, const uint8_t* mask, size_t n, float* out,
+                                Range& range) {
+  Range r = range;
+  for (size_t i = 0; i < n; i += kLanes) {
+    F x = load_some<K>(w + i * item_size<K>(), n - i);
+    r.worst = umax(r.worst, abs_bits(x));
+    r.energy = add(r.energy, mul(x, x));
+    if (Masked) {
+      uint8_t bytes[kLanes] = {0};
+      const uint8_t* kept = mask + i;
+      if (n - i < kLanes) kept = (const uint8_t*)memcpy(bytes, kept, n - i);
+      const F gone = drop(x, kept);
+      r.pruned = add(r.pruned, mul(gone, gone));
+      x = keep(x, kept);
+    }
+    r.low = min_(r.low, x);
+    r.high = max_(r.high, x);
+    store(out + i, x);
+  }
+  range = r;
+}
+
+struct Moments {
+  double products, squares;  // sum of w * q, sum of q * q, with q = code - zero_point
+};
+
+// Codes by true division; returns their squared error. Either output may be null.
+template <bool Codes, bool Fit>
+COMPRESS_INLINE double measure(const float* w, size_t n, float scale, float zero_point, float top,
+                               uint8_t* codes, Moments* moments) {
+  const F s = set1(scale), zero = set1(zero_point);
+  const F low = set1(-zero_point), high = set1(top - zero_point);
+  F error = set1(0), products = set1(0), squares = set1(0);
+  for (size_t i = 0; i < n; i += kLanes) {
+    const F x = load(w + i);
+    const F q = min_(max_(rint_(div(x, s)), low), high);
+    const F e = sub(x, mul(q, s));
+    error = add(error, mul(e, e));
+    if (Fit) {
+      products = add(products, mul(x, q));
+      squares = add(squares, mul(q, q));
+    }
+    if (Codes) {
+      if (n - i >= kLanes) {
+        store_u8(codes + i, add(q, zero));
+      } else {
+        uint8_t bytes[kLanes];
+        store_u8(bytes, add(q, zero));
+        memcpy(codes + i, bytes, n - i);
+      }
+    }
+  }
+  if (Fit) {
+    moments->products += (double)reduce_add(products);
+    moments->squares += (double)reduce_add(squares);
+  }
+  return (double)reduce_add(error);
+}
+
+struct Candidates {
+  float scale[kCandidates], inverse[kCandidates], zero_point[kCandidates];
+};
+
+static void make_candidates(Candidates& c, const Factors& factors, float low, float high,
+                            const QuantizeArgs& args, float top) {
+  F scale, zero_point;
+  if (!args.zero_point) {
+    float extreme = larger(high, -low);
+    // A negative scale turns the grid's longer side to positive weights.
+    if (args.signed_scale && high >= -low) extreme = -extreme;
+    scale = stored(mul(set1(extreme), load(factors.low)), args.scale_kind);
+    zero_point = set1((float)(1 << (args.bits - 1)));
+  } else {
+    const F from = mul(set1(low), load(factors.low)), to = mul(set1(high), load(factors.high));
+    scale = stored(div(sub(to, from), set1(top)), args.scale_kind);
+    zero_point = min_(max_(rint_(div(sub(set1(0), from), scale)), set1(0)), set1(top));
+  }
+  store(c.scale, scale);
+  store(c.inverse, div(set1(1), scale));
+  store(c.zero_point, zero_point);
+}
+
+// errors[k] += squared error of candidate k in units of its squared scale.
+COMPRESS_INLINE void rank(const float* w, size_t n, const Candidates& c, float top,
+                          double* errors) {
+  for (int k = 0; k < kCandidates; k += kTogether) {
+    F inverse[kTogether], low[kTogether], high[kTogether], error[kTogether];
+    for (int j = 0; j < kTogether; ++j) {
+      inverse[j] = set1(c.inverse[k + j]);
+      low[j] = set1(-c.zero_point[k + j]);
+      high[j] = set1(top - c.zero_point[k + j]);
+      error[j] = set1(0);
+    }
+    for (size_t i = 0; i < n; i += kLanes) {
+      const F x = load(w + i);
+      for (int j = 0; j < kTogether; ++j) {
+        const F scaled = mul(x, inverse[j]);
+        const F e = sub(scaled, min_(max_(rint_(scaled), low[j]), high[j]));
+        error[j] = add(error[j], mul(e, e));
+      }
+    }
+    for (int j = 0; j < kTogether; ++j) errors[k + j] += (double)reduce_add(error[j]);
+  }
+}
+
+// One group of a row: what the chunks of its weights are, and the buffers to work in.
+template <int K, bool Masked>
+struct Group {
+  const QuantizeArgs& args;
+  const Factors& factors;
+  size_t first, size;  // flat index of the first weight, weights
+  float* w;            // [kChunk], aligned
+  uint8_t* spare;      // [kChunk]
+
+  Range range;
+  float top;
+
+  size_t chunk(size_t start) const { return smaller(kChunk, size - start); }
+  uint8_t* codes(size_t start) const { return args.codes + first + start; }
+
+  void read(size_t start, Range& r) const {
+    load_group<K, Masked>(args.weights + (first + start) * item_size<K>(),
+                          Masked ? args.mask + first + start : nullptr, chunk(start), w, r);
+  }
+  // Brings a chunk into the buffer, unless the group is its only one and there already.
+  void recall(size_t start) const {
+    if (size <= kChunk) return;
+    Range ignored{set1(0), set1(0), set1(0), set1(0), set1u(0)};
+    read(start, ignored);
+  }
+
+  template <bool Codes, bool Fit>
+  double error_of(float scale, float zero_point, uint8_t* out, Moments* moments) const {
+    double error = 0;
+    for (size_t start = 0; start < size; start += kChunk) {
+      recall(start);
+      error += measure<Codes, Fit>(w, chunk(start), scale, zero_point, top,
+                                   Codes ? out + start : nullptr, moments);
+    }
+    return error;
+  }
+
+  // Returns -1 or the wrapper's error index; adds to `sums` [3].
+  int64_t quantize(size_t scale_index, double* sums) {
+    top = (float)((1 << args.bits) - 1);
+    double energy = 0, pruned = 0;
+    range = Range{set1(0), set1(0), set1(0), set1(0), set1u(0)};
+    for (size_t start = 0; start < size; start += kChunk) {
+      range.energy = range.pruned = set1(0);
+      read(start, range);
+      energy += (double)reduce_add(range.energy);
+      if (Masked) pruned += (double)reduce_add(range.pruned);
+    }
+    if (reduce_umax(range.worst) > 0x7F7FFFFFu) {
+      return (int64_t)first + FiniteIndex{args.weights + first * item_size<K>(), size}.template run<K>();
+    }
+    const float low = reduce_min(range.low), high = reduce_max(range.high);
+    const float absmax = larger(high, -low);
+
+    float scale = 1, zero_point = args.zero_point ? 0 : (float)(1 << (args.bits - 1));
+    if (absmax > 0 && !args.zero_point) {
+      const float divisor = args.bits == 2 ? 1.5f : (float)((1 << (args.bits - 1)) - 1);
+      scale = stored_scalar(absmax / divisor, args.scale_kind);
+    } else if (absmax > 0) {
+      scale = stored_scalar((high - low) / top, args.scale_kind);
+      zero_point = (-low / scale + 12582912.0f) - 12582912.0f;  // to nearest even
+      zero_point = smaller(larger(zero_point, 0.0f), top);
+    }
+    if (!(scale < kInfinity)) return -2 - (int64_t)first;
+
+    double plain, error;
+    if (!args.search || absmax == 0) {
+      error = plain = error_of<true, false>(scale, zero_point, codes(0), nullptr);
+    } else {
+      plain = error_of<false, false>(scale, zero_point, nullptr, nullptr);
+      error = search(low, high, plain, scale, zero_point);
+    }
+    write_scale(args.scale, scale_index, scale, args.scale_kind);
+    if (args.zero_point) args.zero_point[scale_index] = (uint8_t)zero_point;
+    sums[0] += error + pruned;
+    sums[1] += plain + pruned;
+    sums[2] += energy;
+    return -1;
+  }
+
+  // Writes the codes of the best candidate and replaces `scale` and `zero_point` where it beats
+  // plain rounding; returns the error.
+  double search(float low, float high, double plain, float& scale, float& zero_point) const {
+    alignas(64) Candidates c;
+    make_candidates(c, factors, low, high, args, top);
+    double errors[kCandidates] = {0}, best = (double)kInfinity;
+    for (size_t start = 0; start < size; start += kChunk) {
+      recall(start);
+      rank(w, chunk(start), c, top, errors);
+    }
+    float found = scale, zero = zero_point;
+    for (int k = 0; k < kCandidates; ++k) {
+      const double error = errors[k] * ((double)c.scale[k] * (double)c.scale[k]);
+      if (error < best) {
+        best = error;
+        found = c.scale[k];
+        zero = c.zero_point[k];
+      }
+    }
+    const bool once = size <= kChunk;  // the spare buffer then holds the refit's codes
+    Moments m{0, 0};
+    double error = error_of<true, true>(found, zero, codes(0), &m);
+    const double ratio = m.squares > 0 ? m.products / m.squares : (double)found;
+    const float refit = stored_scalar((float)ratio, args.scale_kind);
+    const double refit_error = once ? error_of<true, false>(refit, zero, spare, nullptr)
+                                    : error_of<false, false>(refit, zero, nullptr, nullptr);
+    const bool better = refit_error < error;
+    if (better) {
+      error = refit_error;
+      found = refit;
+    }
+    if (!(error < plain)) {
+      error_of<true, false>(scale, zero_point, codes(0), nullptr);
+      return plain;
+    }
+    if (better && once) {
+      memcpy(codes(0), spare, size);
+    } else if (better) {
+      error_of<true, false>(found, zero, codes(0), nullptr);
+    }
+    scale = found;
+    zero_point = zero;
+    return error;
+  }
+};
+
+template <int K, bool Masked>
+static int64_t quantize_rows(const QuantizeArgs& args) {
+  alignas(64) float w[kChunk];
+  alignas(64) uint8_t spare[kChunk];
+  alignas(64) Factors factors;
+  fill_factors(factors, args.bits, !args.zero_point);
+  size_t scale_index = 0;
+  for (size_t row = 0; row < args.rows; ++row) {
+    double* sums = args.sums + 3 * row;
+    sums[0] = sums[1] = sums[2] = 0;
+    for (size_t column = 0; column < args.columns; ++scale_index) {
+      const size_t size = smaller(args.group_size, args.columns - column);
+      Group<K, Masked> group{args, factors, row * args.columns + column, size, w, spare, {}, 0};
+      const int64_t status = group.quantize(scale_index, sums);
+      if (status != -1) return status;
+      column += size;
+    }
+  }
+  return -1;
+}
+
+struct QuantizeGroups {
+  const QuantizeArgs& args;
+
+  template <int K>
+  int64_t run() const {
+    return args.mask ? quantize_rows<K, true>(args) : quantize_rows<K, false>(args);
+  }
+};
+
+static int64_t quantize_groups(const QuantizeArgs& args) {
+  return by_kind(args.kind, QuantizeGroups{args});
+}
+
+static void dequantize(const uint8_t* codes, const uint8_t* scale, const uint8_t* zero_point,
+                       size_t rows, size_t columns, int bits, size_t group_size, float* out) {
+  size_t group = 0;
+  for (size_t row = 0; row < rows; ++row) {
+    for (size_t column = 0; column < columns; ++group) {
+      const size_t n = smaller(group_size, columns - column);
+      float value;
+      memcpy(&value, scale + 4 * group, 4);
+      const F s = set1(value);
+      const F zero = set1(zero_point ? (float)zero_point[group] : (float)(1 << (bits - 1)));
+      size_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) {
+        store(out + i, mul(sub(load_u8(codes + i), zero), s));
+      }
+      if (i < n) {
+        uint8_t bytes[kLanes] = {0};
+        float values[kLanes];
+        memcpy(bytes, codes + i, n - i);
+        store(values, mul(sub(load_u8(bytes), zero), s));
+        memcpy(out + i, values, 4 * (n - i));
+      }
+      codes += n;
+      out += n;
+      column += n;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- codes and bitmasks
+
+static void pack_bits(const uint8_t* codes, size_t rows, size_t n, int bits, uint8_t* out,
+                      size_t width) {
+  const size_t used = (n * (size_t)bits + 7) / 8, b = (size_t)bits;
+  for (size_t row = 0; row < rows; ++row, codes += n, out += width) {
+    if (bits == 8) {
+      memcpy(out, codes, n);
+    } else {
+      size_t i = pack_blocks(codes, n, bits, out);
+      for (; (i / 8) * b + 8 <= used && i + 8 <= n; i += 8) {
+        const uint64_t x = join_codes(load_u64(codes + i), bits);
+        memcpy(out + i / 8 * b, &x, 8);  // what it writes beyond its bits comes later
+      }
+      for (; i < n; i += 8) {
+        uint64_t x = 0;
+        memcpy(&x, codes + i, smaller(8, n - i));
+        x = join_codes(x, bits);
+        memcpy(out + i / 8 * b, &x, smaller(b, used - i / 8 * b));
+      }
+    }
+    memset(out + used, 0, width - used);
+  }
+}
+
+static void unpack_bits(const uint8_t* packed, size_t width, size_t rows, size_t n, int bits,
+                        uint8_t* out) {
+  const size_t used = (n * (size_t)bits + 7) / 8, b = (size_t)bits;
+  for (size_t row = 0; row < rows; ++row, packed += width, out += n) {
+    if (bits == 8) {
+      memcpy(out, packed, n);
+      continue;
+    }
+    size_t i = unpack_blocks(packed, n, bits, out);
+    for (; (i / 8) * b + 8 <= used && i + 8 <= n; i += 8) {
+      const uint64_t x = split_codes(load_u64(packed + i / 8 * b), bits);
+      memcpy(out + i, &x, 8);
+    }
+    for (; i < n; i += 8) {
+      uint64_t x = 0;
+      memcpy(&x, packed + i / 8 * b, smaller(b, used - i / 8 * b));
+      x = split_codes(x, bits);
+      memcpy(out + i, &x, smaller(8, n - i));
+    }
+  }
+}
+
+static size_t count_mask(const uint8_t* mask, size_t n) {
+  size_t count = 0, i = 0;
+  for (; i + 32 <= n; i += 32) count += (size_t)__builtin_popcount(nonzero32(mask + i));
+  for (; i < n; ++i) count += mask[i] != 0;
+  return count;
+}
+
+static size_t count_bits(const uint8_t* bits, size_t rows, size_t n) {
+  const size_t width = (n + 7) / 8, whole = n / 8;
+  size_t count = 0;
+  for (size_t row = 0; row < rows; ++row, bits += width) {
+    size_t i = 0;
+    for (; i + 8 <= whole; i += 8) count += (size_t)__builtin_popcountll(load_u64(bits + i));
+    for (; i < whole; ++i) count += (size_t)__builtin_popcount(bits[i]);
+    if (n % 8) count += (size_t)__builtin_popcount(bits[whole] & ((1u << n % 8) - 1));
+  }
+  return count;
+}
+
+template <size_t Item>
+static size_t compress_items(const uint8_t* values, const uint8_t* mask, size_t rows, size_t n,
+                             uint8_t* bits, uint8_t* kept, size_t room) {
+  size_t count = 0;
+  for (size_t row = 0; row < rows; ++row) {
+    for (size_t i = 0; i < n; i += 32, mask += 32, values += 32 * Item) {
+      const size_t here = smaller(32, n - i);
+      uint8_t bytes[32] = {0};
+      const uint8_t* source = mask;
+      if (here < 32) source = (const uint8_t*)memcpy(bytes, mask, here);
+      const uint32_t word = nonzero32(source);
+      const size_t written = (here + 7) / 8;
+      memcpy(bits, &word, written);
+      bits += written;
+      for (size_t j = 0; j < here; j += 8) {
+        const uint32_t byte = word >> j & 0xFF;
+        const size_t found = (size_t)__builtin_popcount(byte);
+        const uint8_t* from = values + j * Item;
+        if (here - j >= 8 && count + 8 <= room) {
+          gather8<Item>(from, byte, kept + count * Item);
+        } else {
+          uint8_t* to = kept + count * Item;
+          for (uint32_t left = byte; left; left &= left - 1, to += Item) {
+            memcpy(to, from + Item * (size_t)__builtin_ctz(left), Item);
+          }
+        }
+        count += found;
+      }
+      if (here < 32) {
+        mask -= 32 - here;
+        values -= (32 - here) * Item;
+      }
+    }
+  }
+  return count;
+}
+
+static size_t bitmask_compress(const uint8_t* values, size_t item, const uint8_t* mask,
+                               size_t rows, size_t n, uint8_t* bits, uint8_t* kept,
+                               size_t kept_count) {
+  if (item == 1) return compress_items<1>(values, mask, rows, n, bits, kept, kept_count);
+  if (item == 2) return compress_items<2>(values, mask, rows, n, bits, kept, kept_count);
+  if (item == 4) return compress_items<4>(values, mask, rows, n, bits, kept, kept_count);
+  return compress_items<8>(values, mask, rows, n, bits, kept, kept_count);
+}
+
+template <size_t Item>
+static void expand_items(const uint8_t* bits, const uint8_t* kept, size_t room,
+                         const uint8_t* fill, size_t rows, size_t n, uint8_t* out) {
+  size_t count = 0;
+  for (size_t row = 0; row < rows; ++row) {
+    for (size_t i = 0; i < n; i += 8, ++bits) {
+      const size_t here = smaller(8, n - i);
+      const uint32_t byte = here == 8 ? *bits : *bits & ((1u << here) - 1);
+      const uint8_t* from = kept + count * Item;
+      if (here == 8 && count + 8 <= room) {
+        scatter8<Item>(from, byte, fill, out);
+        count += (size_t)__builtin_popcount(byte);
+      } else {
+        for (size_t j = 0; j < here; ++j) {
+          const bool taken = byte >> j & 1;
+          memcpy(out + j * Item, taken ? kept + count * Item : fill, Item);
+          count += taken;
+        }
+      }
+      out += here * Item;
+    }
+  }
+}
+
+static void bitmask_expand(const uint8_t* bits, const uint8_t* kept, size_t kept_count,
+                           const uint8_t* fill, size_t item, size_t rows, size_t n, uint8_t* out) {
+  if (item == 1) expand_items<1>(bits, kept, kept_count, fill, rows, n, out);
+  if (item == 2) expand_items<2>(bits, kept, kept_count, fill, rows, n, out);
+  if (item == 4) expand_items<4>(bits, kept, kept_count, fill, rows, n, out);
+  if (item == 8) expand_items<8>(bits, kept, kept_count, fill, rows, n, out);
+}
+
+// ---------------------------------------------------------------- float32 matrices
+
+COMPRESS_INLINE F load_floats(const uint8_t* p, size_t count) {
+  return load_some<kFloat32>(p, count);
+}
+
+static void add_low_rank(float* matrix, const uint8_t* b, const uint8_t* a, size_t rows,
+                         size_t columns, size_t rank) {
+  // A tile of `a` is copied side by side: rows a power of two apart would share cache sets.
+  constexpr size_t tile = 4 * kLanes, depth = 128;
+  alignas(64) float panel[depth * tile];
+  for (size_t column = 0; column < columns; column += tile) {
+    const size_t width = smaller(tile, columns - column);
+    for (size_t from = 0; from < rank; from += depth) {
+      const size_t deep = smaller(depth, rank - from);
+      for (size_t k = 0; k < deep; ++k) {
+        for (size_t j = 0; j < tile; j += kLanes) {
+          const uint8_t* p = a + 4 * ((from + k) * columns + column + j);
+          store(panel + k * tile + j, j < width ? load_floats(p, width - j) : set1(0));
+        }
+      }
+      for (size_t row = 0; row < rows; ++row) {
+        float* target = matrix + row * columns + column;
+        float edge[tile] = {0};
+        float* out = target;
+        if (width < tile) out = (float*)memcpy(edge, target, 4 * width);
+        F x0 = load(out), x1 = load(out + 16), x2 = load(out + 32), x3 = load(out + 48);
+        const uint8_t* weights = b + 4 * (row * rank + from);
+        for (size_t k = 0; k < deep; ++k) {
+          float value;
+          memcpy(&value, weights + 4 * k, 4);
+          const F factor = set1(value);
+          const float* p = panel + k * tile;
+          x0 = add(x0, mul(factor, load(p)));
+          x1 = add(x1, mul(factor, load(p + 16)));
+          x2 = add(x2, mul(factor, load(p + 32)));
+          x3 = add(x3, mul(factor, load(p + 48)));
+        }
+        store(out, x0);
+        store(out + 16, x1);
+        store(out + 32, x2);
+        store(out + 48, x3);
+        if (width < tile) memcpy(target, edge, 4 * width);
+      }
+    }
+  }
+}
+
+struct ErrorSums {
+  const uint8_t *w, *decoded;
+  size_t n;
+  double* sums;
+
+  template <int K>
+  int run() const {
+    for (size_t start = 0; start < n; start += kChunk) {
+      const size_t end = smaller(start + kChunk, n);
+      F error = set1(0), energy = set1(0);
+      for (size_t i = start; i < end; i += kLanes) {
+        const F x = load_some<K>(w + i * item_size<K>(), end - i);
+        const F e = sub(x, load_floats(decoded + 4 * i, end - i));
+        error = add(error, mul(e, e));
+        energy = add(energy, mul(x, x));
+      }
+      sums[0] += (double)reduce_add(error);
+      sums[1] += (double)reduce_add(energy);
+    }
+    return 0;
+  }
+};
+
+static void error_sums(const uint8_t* w, Kind kind, const uint8_t* decoded, size_t n,
+                       double* sums) {
+  by_kind(kind, ErrorSums{w, decoded, n, sums});
+}
+
+struct SquaredNorms {
+  const uint8_t* w;
+  size_t rows, columns;
+  double* out;
+
+  template <int K>
+  int run() const {
+    for (size_t row = 0; row < rows; ++row) {
+      const uint8_t* from = w + row * columns * item_size<K>();
+      double total = 0;
+      for (size_t start = 0; start < columns; start += kChunk) {
+        const size_t end = smaller(start + kChunk, columns);
+        F sum = set1(0);
+        for (size_t i = start; i < end; i += kLanes) {
+          const F x = load_some<K>(from + i * item_size<K>(), end - i);
+          sum = add(sum, mul(x, x));
+        }
+        total += (double)reduce_add(sum);
+      }
+      out[row] = total;
+    }
+    return 0;
+  }
+};
+
+static void squared_norms(const uint8_t* w, Kind kind, size_t rows, size_t columns, double* out) {
+  by_kind(kind, SquaredNorms{w, rows, columns, out});
+}

@@ -1,0 +1,51 @@
+// One instruction set's table of kernels; COMPRESS_SET names it. The file that includes this is
+// compiled with that set's flags, and everything but the table has internal linkage.
+
+#include <float.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../kernels.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+
+#include "tables.h"
+#endif
+
+static_assert(FLT_EVAL_METHOD == 0, "float arithmetic must not be widened");
+
+#define COMPRESS_INLINE static inline __attribute__((always_inline))
+
+namespace compress::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+#include "bytes_avx2.h"
+#include "lanes_avx512.h"
+#elif defined(__AVX2__)
+#include "bytes_avx2.h"
+#include "lanes_avx2.h"
+#else
+#include "bytes_base.h"
+#include "lanes_base.h"
+#endif
+
+#include "kernels_impl.h"
+
+}  // namespace
+
+namespace COMPRESS_SET {
+
+extern const Kernels kTable;
+const Kernels kTable = {
+    COMPRESS_SET_NAME, magnitude_histogram, magnitude_histogram_low,
+    threshold_mask,    finite_index,        quantize_groups,
+    dequantize,        pack_bits,           unpack_bits,
+    count_mask,        count_bits,          bitmask_compress,
+    bitmask_expand,    add_low_rank,        error_sums,
+    squared_norms,
+};
+
+}  // namespace COMPRESS_SET
+}  // namespace compress::cpu

