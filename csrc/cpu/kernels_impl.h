@@ -335,30 +335,46 @@ COMPRESS_INLINE void rank(const float* w, size_t n, const Candidates& c, float t
   }
 }
 
-// One group of a row: what the chunks of its weights are, and the buffers to work in.
+// One group of a row. Its weights stay in `w` where they fit, else pass through it chunk by chunk.
 template <int K, bool Masked>
 struct Group {
-  const QuantizeArgs& args;
-  const Factors& factors;
-  size_t first, size;  // flat index of the first weight, weights
-  float* w;            // [kChunk], aligned
+  const QuantizeArgs* args;
+  const Factors* factors;
+  size_t first, size;  // flat index of the first weight, number of weights
+  float* w;            // aligned; padded to whole blocks
   uint8_t* spare;      // [kChunk]
 
-  Range range;
-  float top;
+  float top, low, high;
+  double energy, pruned;  // sums of squares: of all weights, of pruned ones
 
   size_t chunk(size_t start) const { return smaller(kChunk, size - start); }
-  uint8_t* codes(size_t start) const { return args.codes + first + start; }
+  uint8_t* codes(size_t start) const { return args->codes + first + start; }
 
   void read(size_t start, Range& r) const {
-    load_group<K, Masked>(args.weights + (first + start) * item_size<K>(),
-                          Masked ? args.mask + first + start : nullptr, chunk(start), w, r);
+    load_group<K, Masked>(args->weights + (first + start) * item_size<K>(),
+                          Masked ? args->mask + first + start : nullptr, chunk(start), w, r);
   }
   // Brings a chunk into the buffer, unless the group is its only one and there already.
   void recall(size_t start) const {
     if (size <= kChunk) return;
     Range ignored{set1(0), set1(0), set1(0), set1(0), set1u(0)};
     read(start, ignored);
+  }
+
+  // Reads the weights; `worst` gathers the largest magnitude bits, NaN and infinity included.
+  void survey(U& worst) {
+    top = (float)((1 << args->bits) - 1);
+    energy = pruned = 0;
+    Range range{set1(0), set1(0), set1(0), set1(0), worst};
+    for (size_t start = 0; start < size; start += kChunk) {
+      range.energy = range.pruned = set1(0);
+      read(start, range);
+      energy += (double)reduce_add(range.energy);
+      if (Masked) pruned += (double)reduce_add(range.pruned);
+    }
+    worst = range.worst;
+    low = reduce_min(range.low);
+    high = reduce_max(range.high);
   }
 
   template <bool Codes, bool Fit>
@@ -372,54 +388,27 @@ struct Group {
     return error;
   }
 
-  // Returns -1 or the wrapper's error index; adds to `sums` [3].
-  int64_t quantize(size_t scale_index, double* sums) {
-    top = (float)((1 << args.bits) - 1);
-    double energy = 0, pruned = 0;
-    range = Range{set1(0), set1(0), set1(0), set1(0), set1u(0)};
-    for (size_t start = 0; start < size; start += kChunk) {
-      range.energy = range.pruned = set1(0);
-      read(start, range);
-      energy += (double)reduce_add(range.energy);
-      if (Masked) pruned += (double)reduce_add(range.pruned);
-    }
-    if (reduce_umax(range.worst) > 0x7F7FFFFFu) {
-      return (int64_t)first + FiniteIndex{args.weights + first * item_size<K>(), size}.template run<K>();
-    }
-    const float low = reduce_min(range.low), high = reduce_max(range.high);
-    const float absmax = larger(high, -low);
-
-    float scale = 1, zero_point = args.zero_point ? 0 : (float)(1 << (args.bits - 1));
-    if (absmax > 0 && !args.zero_point) {
-      const float divisor = args.bits == 2 ? 1.5f : (float)((1 << (args.bits - 1)) - 1);
-      scale = stored_scalar(absmax / divisor, args.scale_kind);
-    } else if (absmax > 0) {
-      scale = stored_scalar((high - low) / top, args.scale_kind);
-      zero_point = (-low / scale + 12582912.0f) - 12582912.0f;  // to nearest even
-      zero_point = smaller(larger(zero_point, 0.0f), top);
-    }
-    if (!(scale < kInfinity)) return -2 - (int64_t)first;
-
+  // Writes codes, scale and zero point, from those of plain rounding; adds to `sums` [3].
+  void quantize(size_t index, float scale, float zero_point, double* sums) const {
     double plain, error;
-    if (!args.search || absmax == 0) {
+    if (!args->search || (low == 0 && high == 0)) {
       error = plain = error_of<true, false>(scale, zero_point, codes(0), nullptr);
     } else {
       plain = error_of<false, false>(scale, zero_point, nullptr, nullptr);
-      error = search(low, high, plain, scale, zero_point);
+      error = search(plain, scale, zero_point);
     }
-    write_scale(args.scale, scale_index, scale, args.scale_kind);
-    if (args.zero_point) args.zero_point[scale_index] = (uint8_t)zero_point;
+    write_scale(args->scale, index, scale, args->scale_kind);
+    if (args->zero_point) args->zero_point[index] = (uint8_t)zero_point;
     sums[0] += error + pruned;
     sums[1] += plain + pruned;
     sums[2] += energy;
-    return -1;
   }
 
   // Writes the codes of the best candidate and replaces `scale` and `zero_point` where it beats
   // plain rounding; returns the error.
-  double search(float low, float high, double plain, float& scale, float& zero_point) const {
+  double search(double plain, float& scale, float& zero_point) const {
     alignas(64) Candidates c;
-    make_candidates(c, factors, low, high, args, top);
+    make_candidates(c, *factors, low, high, *args, top);
     double errors[kCandidates] = {0}, best = (double)kInfinity;
     for (size_t start = 0; start < size; start += kChunk) {
       recall(start);
@@ -438,7 +427,7 @@ struct Group {
     Moments m{0, 0};
     double error = error_of<true, true>(found, zero, codes(0), &m);
     const double ratio = m.squares > 0 ? m.products / m.squares : (double)found;
-    const float refit = stored_scalar((float)ratio, args.scale_kind);
+    const float refit = stored_scalar((float)ratio, args->scale_kind);
     const double refit_error = once ? error_of<true, false>(refit, zero, spare, nullptr)
                                     : error_of<false, false>(refit, zero, nullptr, nullptr);
     const bool better = refit_error < error;
@@ -461,22 +450,81 @@ struct Group {
   }
 };
 
+// Scales and zero points of plain rounding for sixteen groups.
+static void plain_scales(const QuantizeArgs& args, const float* lows, const float* highs,
+                         float* scales, float* zero_points) {
+  const float top = (float)((1 << args.bits) - 1);
+  const F low = load(lows), high = load(highs), negated = sub(set1(0), low);
+  F scale, zero_point;
+  if (!args.zero_point) {
+    const float divisor = args.bits == 2 ? 1.5f : (float)((1 << (args.bits - 1)) - 1);
+    scale = stored(div(max_(high, negated), set1(divisor)), args.scale_kind);
+    zero_point = set1((float)(1 << (args.bits - 1)));
+  } else {
+    scale = stored(div(sub(high, low), set1(top)), args.scale_kind);
+    zero_point = min_(max_(rint_(div(negated, scale)), set1(0)), set1(top));
+  }
+  store(scales, scale);
+  store(zero_points, zero_point);
+  for (size_t i = 0; i < kLanes; ++i) {
+    if (lows[i] == 0 && highs[i] == 0) {
+      scales[i] = 1;
+      zero_points[i] = args.zero_point ? 0.0f : zero_points[i];
+    }
+  }
+}
+
+// Up to sixteen groups at a time: first all are read, then all are rounded, so that one group's
+// chain of reductions and divisions does not hold up the next group's.
 template <int K, bool Masked>
 static int64_t quantize_rows(const QuantizeArgs& args) {
   alignas(64) float w[kChunk];
   alignas(64) uint8_t spare[kChunk];
   alignas(64) Factors factors;
+  alignas(64) float low[kLanes], high[kLanes], scale[kLanes], zero_point[kLanes];
   fill_factors(factors, args.bits, !args.zero_point);
-  size_t scale_index = 0;
+  Group<K, Masked> batch[kLanes];
+  size_t index = 0;
   for (size_t row = 0; row < args.rows; ++row) {
     double* sums = args.sums + 3 * row;
     sums[0] = sums[1] = sums[2] = 0;
-    for (size_t column = 0; column < args.columns; ++scale_index) {
-      const size_t size = smaller(args.group_size, args.columns - column);
-      Group<K, Masked> group{args, factors, row * args.columns + column, size, w, spare, {}, 0};
-      const int64_t status = group.quantize(scale_index, sums);
-      if (status != -1) return status;
-      column += size;
+    for (size_t column = 0; column < args.columns;) {
+      size_t count = 0, used = 0;
+      U worst = set1u(0);
+      memset(low, 0, sizeof low);
+      memset(high, 0, sizeof high);
+      while (column < args.columns && count < kLanes) {
+        const size_t size = smaller(args.group_size, args.columns - column);
+        const size_t padded = (smaller(size, kChunk) + kLanes - 1) / kLanes * kLanes;
+        if (used + padded > kChunk) break;
+        Group<K, Masked>& group = batch[count];
+        group.args = &args;
+        group.factors = &factors;
+        group.first = row * args.columns + column;
+        group.size = size;
+        group.w = w + used;
+        group.spare = spare;
+        group.survey(worst);
+        low[count] = group.low;
+        high[count] = group.high;
+        used += padded;
+        column += size;
+        ++count;
+      }
+      plain_scales(args, low, high, scale, zero_point);
+      const bool finite = reduce_umax(worst) <= 0x7F7FFFFFu;
+      for (size_t i = 0; i < count; ++i) {
+        const Group<K, Masked>& group = batch[i];
+        if (!finite) {
+          const uint8_t* from = args.weights + group.first * item_size<K>();
+          const int64_t bad = FiniteIndex{from, group.size}.template run<K>();
+          if (bad >= 0) return (int64_t)group.first + bad;
+        }
+        if (!(scale[i] < kInfinity)) return -2 - (int64_t)group.first;
+      }
+      for (size_t i = 0; i < count; ++i) {
+        batch[i].quantize(index++, scale[i], zero_point[i], sums);
+      }
     }
   }
   return -1;
