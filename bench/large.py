@@ -28,17 +28,12 @@ LAYERS_8B = {"8b": None, "8b-4layers": 4}
 
 LLMCOMPRESSOR = """
 import sys
-from compressed_tensors.quantization import QuantizationScheme
 from llmcompressor import model_free_ptq
-model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="W4A16",
-               ignore=["re:.*embed_tokens", "lm_head"], max_workers=2, device="cpu")
+model_free_ptq(sys.argv[1], sys.argv[2], scheme="W4A16", max_workers=2,
+               ignore=["re:.*embed_tokens.*", "re:.*norm.*", "lm_head"])
 """
-AUTOROUND = """
-import sys
-from auto_round import AutoRound
-ar = AutoRound(sys.argv[1], scheme="W4A16", model_free=True, disable_opt_rtn=True, iters=0)
-ar.quantize_and_save(sys.argv[2], format="auto_round")
-"""
+# auto-round has a command line; -m runs it with the environment's own Python.
+AUTOROUND = ["-m", "auto_round", "--model_free", "--scheme", "W4A16", "--disable_opt_rtn"]
 
 
 @dataclass
@@ -110,12 +105,12 @@ def ours(model: Path, out: Path, size: str) -> list[Candidate]:
 def peers(model: Path, out: Path) -> list[Candidate]:
     """The peers whose Python is named in the environment."""
     found = []
-    for variable, name, script in (
-        ("LLMCOMPRESSOR_PYTHON", "llm-compressor model_free_ptq", LLMCOMPRESSOR),
-        ("AUTOROUND_PYTHON", "AutoRound model-free RTN", AUTOROUND),
-    ):
-        if python := os.environ.get(variable):
-            found.append(Candidate(name, [python, "-c", script, str(model), str(out)]))
+    if python := os.environ.get("LLMCOMPRESSOR_PYTHON"):
+        command = [python, "-c", LLMCOMPRESSOR, str(model), str(out)]
+        found.append(Candidate("llm-compressor model_free_ptq", command))
+    if python := os.environ.get("AUTOROUND_PYTHON"):
+        command = [python, *AUTOROUND, str(model), "--output_dir", str(out)]
+        found.append(Candidate("AutoRound model-free RTN", command))
     return found
 
 

@@ -78,7 +78,8 @@ def specs_of(tensor: TensorPlan, fmt: Format) -> list[ArraySpec]:
         specs.append(ArraySpec(MODEL, info.name, tensor.cast or info.dtype, info.shape))
         if terms.outliers[1]:
             specs += formats.super_weight_layout(info, terms)
-    return specs
+    # The largest array first: it streams while the others wait for its end (see run._Assembly).
+    return sorted(specs, key=lambda s: nbytes_of(s.dtype, s.shape), reverse=True)
 
 
 def arrange(

@@ -17,6 +17,7 @@ from typing import Any
 from compress import formats, layout, patterns, roles, tiles
 from compress.checkpoint import Checkpoint
 from compress.checkpoint import config as model_config
+from compress.checkpoint.writer import nbytes_of
 from compress.errors import ResourceError, UsageError, show
 from compress.formats.base import Format
 from compress.passes.base import NAMED_ROLES, Pass, Terms
@@ -29,7 +30,9 @@ _STAGES = {"outliers": 0, "mask": 1, "codes": 2, "factors": 3}
 _CAST_TAGS = {"bf16": "BF16", "fp16": "F16"}
 DEFAULT_MEMORY = 1 << 30
 # Python with the libraries a data-free run imports, and what its allocator keeps (measured).
-_BASE_MEMORY = 90 << 20
+_BASE_MEMORY = 95 << 20
+# The child that reads PyTorch files: torch itself, beside twice the file.
+_TORCH_MEMORY = 280 << 20
 
 
 @dataclass(frozen=True)
@@ -116,18 +119,27 @@ class Plan:
     @cached_property
     def peak_memory(self) -> int:
         """Bytes of resident memory that the run stays under."""
-        costs = [
-            tile.cost
-            for tensor in self.tensors
-            for tile in tiles.cut(tensor, self.passes, self.tile_bytes)
-        ]
-        window = self.options.workers + 2
-        in_flight = max(
-            (min(sum(costs[i : i + window]), max(self.options.memory, costs[i]))
-             for i in range(len(costs))),
-            default=0,
-        )  # fmt: skip
-        return _BASE_MEMORY + in_flight
+        workers = self.options.workers
+        costs, results, waiting = [], [], [0]
+        for tensor in self.tensors:
+            specs = layout.specs_of(tensor, self.format)
+            sizes = sorted(nbytes_of(s.dtype, s.shape) for s in specs)
+            waiting.append(sum(sizes[:-1]))  # all arrays but the largest wait for its end
+            cut = tiles.cut(tensor, self.passes, self.tile_bytes)
+            costs += [tile.cost for tile in cut]
+            results += [sum(sizes) // len(cut)] * len(cut)
+        # At any moment at most `workers` tiles are worked on and two more wait to be written.
+        in_flight = 0
+        for i in range(len(costs)):
+            window = sorted(costs[i : i + workers + 2])[-workers:]
+            done = sorted(results[i : i + workers + 2])[-2:]
+            in_flight = max(
+                in_flight, min(sum(window), max(self.options.memory, costs[i])) + sum(done)
+            )
+        torch_child = 0
+        if any(t.info.offset < 0 for t in self.tensors):
+            torch_child = _TORCH_MEMORY + 2 * sum(t.info.nbytes for t in self.tensors)
+        return max(_BASE_MEMORY + in_flight + max(waiting), torch_child)
 
     @property
     def reads(self) -> int:

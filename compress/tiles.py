@@ -104,7 +104,7 @@ def _cost(tensor: TensorPlan, rows: int) -> int:
     if terms.outliers[1]:
         per_weight += 8
     if terms.rank:
-        per_weight += 28
+        per_weight += 8
     if tensor.cast is not None:
         per_weight += 2 + 8
     factors = terms.rank * (rows + info.matrix_shape[1]) * 16

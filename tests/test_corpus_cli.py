@@ -84,8 +84,6 @@ def outcomes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_case_has_its_outcome(
-    outcomes: dict[str, dict[int, list[str]]], group: str
-) -> None:
+def test_every_case_has_its_outcome(outcomes: dict[str, dict[int, list[str]]], group: str) -> None:
     assert len(outcomes[group]) > 5
     assert {k: v for k, v in outcomes[group].items() if v} == {}

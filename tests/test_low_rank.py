@@ -174,6 +174,20 @@ def test_alternating_without_a_quantizer_is_refused() -> None:
         LowRank(rank=4, alternate=2).apply(THREE.apply(tensor(weights())))
 
 
+def test_binding_hands_over_the_quantizer_that_wrote_the_codes() -> None:
+    t = tensor(weights())
+    mixed = Quantize(bits=4, group=32, overrides=({"targets": ["layer"], "bits": 2},))
+    options = LowRank(rank=4, alternate=1)
+    bound = options.bind(t.info, [mixed], base_stands_alone=True)
+    assert isinstance(bound, LowRank)
+    assert bound.base_must_stand
+    done = bound.apply(mixed.apply(t))
+    assert done.codes is not None
+    assert done.codes.bits == 2
+    assert done.notes[ALTERNATE_ROUNDS] == 1
+    assert options.bind(t.info, [], base_stands_alone=False) == options
+
+
 def test_fused_experts_are_decomposed_one_by_one() -> None:
     values = np.stack([weights(24, 64, seed=s) for s in range(3)])
     t = THREE.apply(tensor(values, Role.EXPERTS))
