@@ -3,10 +3,11 @@
     python bench/kernels.py [--json FILE] [--rounds 5] [--small]
 
 Rows of one table run interleaved in one process (each once a round); the median of the rounds is
-shown. Only ratios inside one run mean something. The matrix has 4096 x 14336 weights (117 MB in
-bf16, 235 MB in float32, 58 MB of codes); matrices shown in bf16 alternate between two copies, so
-that no run finds its input in the cache. torch.nn.utils.prune.global_unstructured runs once on
-1e8 weights (it takes ten seconds and 5 GB); `--small` divides every size by 16.
+shown. Only ratios inside one run mean something. The process is bound to one processor before
+onnxruntime and torch start their threads, so that both have one, too. The matrix has 4096 x 14336
+weights (117 MB in bf16, 235 MB in float32, 58 MB of codes); bf16 inputs alternate between two
+copies, so that no run finds its input in the cache. torch.nn.utils.prune.global_unstructured runs
+once on 1e8 weights (it takes ten seconds and 5 GB); `--small` divides every size by 16.
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-
 import ml_dtypes
 import numpy as np
 from rich.console import Console
@@ -34,7 +32,7 @@ from compress.kernels import dispatch
 
 Call = Callable[[], Any]
 GROUP = 128
-TILE_ROWS = 32  # codes of a tile stay in the cache until they are packed
+TILE_ROWS = 128  # fewer rows keep codes nearer, more rows cost fewer calls
 
 
 def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
@@ -68,6 +66,7 @@ class Quantizer:
         self.sums = np.zeros((rows, 3))
 
     def run(self, search: str, symmetric: bool, mask: np.ndarray | None = None) -> None:
+        """Codes, scales and packed codes of the next copy."""
         w = next(self.copies)
         for row in range(0, self.rows, TILE_ROWS):
             block = slice(row, row + TILE_ROWS)
@@ -253,6 +252,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="a sixteenth of every size")
     options = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     divisor = 16 if options.small else 1
     shape = (4096 // divisor, 14336)
     backend = dispatch.current().backend

@@ -36,10 +36,12 @@ ONE_PASS = {
     "prune": "Prune by magnitude, with an exact count, and write the result.",
     "super-weights": "Find super weights and write them beside the checkpoint.",
     "quantize": "Quantize weights to 2-8 bits and write the result.",
-    "low-rank": "Add a low-rank term to a pruned checkpoint and write the result.",
+    "low-rank": "Repair prune or quantize by low-rank factors (needs one of them: see run).",
 }
 
-Model = Annotated[Path, typer.Argument(help="A checkpoint: a directory or a weight file.")]
+Model = Annotated[
+    Path, typer.Argument(help="A checkpoint: a directory or a weight file.", metavar="MODEL")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The output directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Pickle = Annotated[
@@ -179,7 +181,7 @@ def inspect(
 
 @app.command()
 def verify(
-    out: Annotated[Path, typer.Argument(help="An output of this tool.")],
+    out: Annotated[Path, typer.Argument(help="An output of this tool.", metavar="OUT")],
     source: Annotated[
         Path | None,
         typer.Option("--source", help="Check untouched tensors against the original too."),
@@ -196,7 +198,7 @@ def verify(
 
 @app.command()
 def unpack(
-    out: Annotated[Path, typer.Argument(help="An output of this tool.")],
+    out: Annotated[Path, typer.Argument(help="An output of this tool.", metavar="OUT")],
     dense: Annotated[Path, typer.Option("--out", "-o", help="The plain checkpoint to write.")],
     overwrite: Overwrite = False,
     no_fsync: NoFsync = False,
@@ -212,8 +214,10 @@ def unpack(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(help="The reference checkpoint.")],
-    b: Annotated[Path, typer.Argument(help="The other: plain or an output of this tool.")],
+    a: Annotated[Path, typer.Argument(help="The reference checkpoint.", metavar="A")],
+    b: Annotated[
+        Path, typer.Argument(help="The other: plain or an output of this tool.", metavar="B")
+    ],
     allow_pickle: Pickle = False,
     json: Json = False,
 ) -> None:

@@ -70,7 +70,7 @@ def _option_parameter(field: Any, hint: Any) -> inspect.Parameter:
     option = typer.Option(
         *flags,
         help=f"{field.metadata['help']}{_default_of(field)}",
-        metavar="|".join(choices) if choices else None,
+        metavar="|".join(choices) or ("PATTERN" if kind is list else None),
         show_default=False,
     )
     annotation = list[str] if kind is list else kind

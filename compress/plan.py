@@ -209,6 +209,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Plan:
         warnings=tuple(checkpoint.warnings),
     )
     draft = replace(draft, tensors=_tensor_plans(draft, passes))
+    _refuse_idle_factors(draft)
     fmt, reason = _choose_format(draft, options.format or recipe.output.format)
     plan = replace(draft, format=fmt, format_reason=reason)
     return replace(plan, warnings=(*plan.warnings, *_warnings(plan)))
@@ -340,6 +341,19 @@ def _choose_format(plan: Plan, wanted: str) -> tuple[Format, str]:
 def _refusal(plan: Plan, fmt: Format) -> str | None:
     changed = {t.info.name: t.terms for t in plan.tensors if t.terms.changed}
     return formats.refusal(fmt, changed, plan.checkpoint.infos(), plan.checkpoint.config)
+
+
+def _refuse_idle_factors(plan: Plan) -> None:
+    """A residual needs an error to repair: refuse factors where nothing else changes a tensor."""
+    for index, one in enumerate(plan.passes):
+        if one.writes != "factors":
+            continue
+        own = [t for t in plan.tensors if index in t.steps]
+        if not any(t.terms.codes is not None or t.terms.nonzeros is not None for t in own):
+            raise UsageError(
+                f"{one.name}: nothing to repair, no other pass works on its tensors",
+                hint=f"name one before it: compress run MODEL -o OUT quantize {one.name}",
+            )
 
 
 def _warnings(plan: Plan) -> list[str]:

@@ -205,11 +205,11 @@ def parse_yaml(raw: bytes, where: str) -> Any:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8") from error
-    yaml = YAML(typ="safe", pure=True)
-    yaml.allow_duplicate_keys = False
+    reader = YAML(typ="safe", pure=True)
+    reader.allow_duplicate_keys = False
     try:
-        _refuse_odd_yaml(yaml.parse(io.StringIO(text)), where)
-        return yaml.load(io.StringIO(text))
+        _refuse_odd_yaml(reader.parse(io.StringIO(text)), where)
+        return reader.load(io.StringIO(text))
     except YAMLError as error:
         line = str(getattr(error, "problem", None) or error).splitlines()[0]
         mark = getattr(error, "problem_mark", None)

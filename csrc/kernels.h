@@ -21,10 +21,10 @@ struct QuantizeArgs {
   int bits;
   size_t group_size;
   Kind scale_kind;
-  bool search;        // by squared error
-  bool signed_scale;  // symmetric search only
-  uint8_t* codes;     // [rows, columns]
-  uint8_t* scale;     // [rows, groups] of `scale_kind`
+  bool search;          // by squared error
+  bool signed_scale;    // symmetric search only
+  uint8_t* codes;       // [rows, columns]
+  uint8_t* scale;       // [rows, groups] of `scale_kind`
   uint8_t* zero_point;  // [rows, groups]; null = symmetric
   double* sums;         // [rows, 3]
 };

@@ -37,7 +37,9 @@ std::vector<const Kernels*> tables() {
   return {found, found + count};
 }
 
-const Kernels& kernels() { return *active.load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+  return *active.load(std::memory_order_relaxed);
+}
 
 void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
@@ -49,7 +51,9 @@ size_t product(size_t a, size_t b) {
   return result;
 }
 
-size_t item_size(Kind kind) { return kind == compress::kFloat32 ? 4 : 2; }
+size_t item_size(Kind kind) {
+  return kind == compress::kFloat32 ? 4 : 2;
+}
 
 Kind checked(int kind) {
   require(kind >= 0 && kind <= 2, "unknown kind");
@@ -66,7 +70,9 @@ size_t groups_of(size_t columns, size_t group_size) {
   return columns / group_size + (columns % group_size != 0);
 }
 
-void check_bits(int bits) { require(bits >= 2 && bits <= 8, "bits must be 2 to 8"); }
+void check_bits(int bits) {
+  require(bits >= 2 && bits <= 8, "bits must be 2 to 8");
+}
 
 using Release = nb::gil_scoped_release;
 
@@ -205,8 +211,7 @@ void bitmask_expand(const Bytes& bits, const Bytes& kept, const Bytes& fill, siz
   const Release release;
   const size_t found = kernels().count_bits(bits.data(), rows, n);
   require(kept.size() == product(found, item), "kept: wrong size");
-  kernels().bitmask_expand(bits.data(), kept.data(), found, fill.data(), item, rows, n,
-                           out.data());
+  kernels().bitmask_expand(bits.data(), kept.data(), found, fill.data(), item, rows, n, out.data());
 }
 
 void add_low_rank(const Vector<float>& matrix, const Bytes& b, const Bytes& a, size_t rows,
@@ -258,9 +263,9 @@ NB_MODULE(_cpu, module) {
   module.def("magnitude_histogram_low", &magnitude_histogram_low);
   module.def("threshold_mask", &threshold_mask);
   module.def("finite_index", &finite_index);
-  module.def("quantize_groups", &quantize_groups, nb::arg(), nb::arg(), nb::arg().none(),
-             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+  module.def("quantize_groups", &quantize_groups, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg().none(), nb::arg());
   module.def("dequantize", &dequantize, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg());
   module.def("pack_bits", &pack_bits);

@@ -16,13 +16,19 @@ COMPRESS_INLINE uint64_t load_u64(const uint8_t* p) {
 COMPRESS_INLINE uint64_t code_fields(int bits) {
   return ((1u << bits) - 1) * 0x0101010101010101u;
 }
-COMPRESS_INLINE uint64_t join_codes(uint64_t x, int bits) { return _pext_u64(x, code_fields(bits)); }
+COMPRESS_INLINE uint64_t join_codes(uint64_t x, int bits) {
+  return _pext_u64(x, code_fields(bits));
+}
 COMPRESS_INLINE uint64_t split_codes(uint64_t x, int bits) {
   return _pdep_u64(x, code_fields(bits));
 }
 
-COMPRESS_INLINE __m256i load256(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-COMPRESS_INLINE void store256(uint8_t* p, __m256i v) { _mm256_storeu_si256((__m256i*)p, v); }
+COMPRESS_INLINE __m256i load256(const uint8_t* p) {
+  return _mm256_loadu_si256((const __m256i*)p);
+}
+COMPRESS_INLINE void store256(uint8_t* p, __m256i v) {
+  _mm256_storeu_si256((__m256i*)p, v);
+}
 
 COMPRESS_INLINE size_t pack_blocks(const uint8_t* codes, size_t n, int bits, uint8_t* out) {
   size_t i = 0;
@@ -116,8 +122,12 @@ COMPRESS_INLINE uint32_t prefix_bits(const uint8_t* w, uint32_t prefix) {
   return equal;
 }
 
-COMPRESS_INLINE __m128i load64(const uint8_t* p) { return _mm_loadl_epi64((const __m128i*)p); }
-COMPRESS_INLINE __m128i load128(const uint8_t* p) { return _mm_loadu_si128((const __m128i*)p); }
+COMPRESS_INLINE __m128i load64(const uint8_t* p) {
+  return _mm_loadl_epi64((const __m128i*)p);
+}
+COMPRESS_INLINE __m128i load128(const uint8_t* p) {
+  return _mm_loadu_si128((const __m128i*)p);
+}
 
 template <size_t Item>
 COMPRESS_INLINE void gather8(const uint8_t* values, uint32_t bits, uint8_t* out) {

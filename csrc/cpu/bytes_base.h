@@ -41,8 +41,12 @@ COMPRESS_INLINE uint64_t split_codes(uint64_t x, int bits) {
 
 // Whole blocks of a row, as many as the instruction set likes; return the codes done (a multiple
 // of eight). The base set leaves all of them to the caller's loop over eight codes.
-COMPRESS_INLINE size_t pack_blocks(const uint8_t*, size_t, int, uint8_t*) { return 0; }
-COMPRESS_INLINE size_t unpack_blocks(const uint8_t*, size_t, int, uint8_t*) { return 0; }
+COMPRESS_INLINE size_t pack_blocks(const uint8_t*, size_t, int, uint8_t*) {
+  return 0;
+}
+COMPRESS_INLINE size_t unpack_blocks(const uint8_t*, size_t, int, uint8_t*) {
+  return 0;
+}
 
 // One bit for each of 32 bytes that is not zero.
 COMPRESS_INLINE uint32_t nonzero32(const uint8_t* p) {

@@ -9,9 +9,15 @@ constexpr size_t kChunk = 4096;
 constexpr int kCandidates = 16;
 constexpr float kInfinity = __builtin_inff();
 
-COMPRESS_INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
-COMPRESS_INLINE float smaller(float a, float b) { return a < b ? a : b; }
-COMPRESS_INLINE float larger(float a, float b) { return a > b ? a : b; }
+COMPRESS_INLINE size_t smaller(size_t a, size_t b) {
+  return a < b ? a : b;
+}
+COMPRESS_INLINE float smaller(float a, float b) {
+  return a < b ? a : b;
+}
+COMPRESS_INLINE float larger(float a, float b) {
+  return a > b ? a : b;
+}
 
 template <int K>
 COMPRESS_INLINE size_t item_size() {
@@ -55,7 +61,7 @@ COMPRESS_INLINE uint32_t key_at(const uint8_t* w, bool wide, size_t i) {
 }
 
 template <class Count>
-static void count_keys(const uint8_t* w, bool wide, size_t n, Count* first, Count* second) {
+static void count_keys(const uint8_t* w, bool wide, size_t n, Count* counts) {
   const int shift = wide ? 16 : 0;
   const size_t step = wide ? 2 : 4;
   size_t i = 0;
@@ -63,45 +69,45 @@ static void count_keys(const uint8_t* w, bool wide, size_t n, Count* first, Coun
     const uint64_t x = load_u64(w + i * (wide ? 4 : 2));
     const uint64_t y = load_u64(w + (i + step) * (wide ? 4 : 2));
     if (wide) {
-      ++first[(x >> 16) & 0x7FFF];
-      ++second[(x >> 48) & 0x7FFF];
-      ++first[(y >> 16) & 0x7FFF];
-      ++second[(y >> 48) & 0x7FFF];
+      ++counts[(x >> 16) & 0x7FFF];
+      ++counts[(x >> 48) & 0x7FFF];
+      ++counts[(y >> 16) & 0x7FFF];
+      ++counts[(y >> 48) & 0x7FFF];
     } else {
-      ++first[x & 0x7FFF];
-      ++second[(x >> 16) & 0x7FFF];
-      ++first[(x >> 32) & 0x7FFF];
-      ++second[(x >> 48) & 0x7FFF];
-      ++first[y & 0x7FFF];
-      ++second[(y >> 16) & 0x7FFF];
-      ++first[(y >> 32) & 0x7FFF];
-      ++second[(y >> 48) & 0x7FFF];
+      ++counts[x & 0x7FFF];
+      ++counts[(x >> 16) & 0x7FFF];
+      ++counts[(x >> 32) & 0x7FFF];
+      ++counts[(x >> 48) & 0x7FFF];
+      ++counts[y & 0x7FFF];
+      ++counts[(y >> 16) & 0x7FFF];
+      ++counts[(y >> 32) & 0x7FFF];
+      ++counts[(y >> 48) & 0x7FFF];
     }
   }
-  for (; i < n; ++i) ++first[key_at(w, wide, i) >> shift];
+  for (; i < n; ++i) ++counts[key_at(w, wide, i) >> shift];
 }
 
 static void magnitude_histogram(const uint8_t* w, Kind kind, size_t n, uint64_t* counts) {
   constexpr size_t bins = 1 << 15, piece = (size_t)1 << 30;
   const bool wide = kind == kFloat32;
-  // Two narrow tables: half the cache of wide ones, and equal neighbours do not wait for a store.
-  uint32_t* tables = n < 1 << 16 ? nullptr : (uint32_t*)calloc(2 * bins, sizeof(uint32_t));
-  if (!tables) {
-    count_keys(w, wide, n, counts, counts);
+  // A table of narrow counts takes half the cache. (Several tables are no faster: the limit is one
+  // store a weight, not two equal neighbours that wait for each other.)
+  uint32_t* table = n < 1 << 16 ? nullptr : (uint32_t*)calloc(bins, sizeof(uint32_t));
+  if (!table) {
+    count_keys(w, wide, n, counts);
     return;
   }
   for (size_t start = 0; start < n; start += piece) {
-    count_keys(w + start * (wide ? 4 : 2), wide, smaller(piece, n - start), tables, tables + bins);
+    count_keys(w + start * (wide ? 4 : 2), wide, smaller(piece, n - start), table);
     for (size_t bin = 0; bin < bins; ++bin) {
-      counts[bin] += (uint64_t)tables[bin] + tables[bins + bin];
-      tables[bin] = tables[bins + bin] = 0;
+      counts[bin] += table[bin];
+      table[bin] = 0;
     }
   }
-  free(tables);
+  free(table);
 }
 
-static void magnitude_histogram_low(const uint8_t* w, size_t n, uint32_t prefix,
-                                    uint64_t* counts) {
+static void magnitude_histogram_low(const uint8_t* w, size_t n, uint32_t prefix, uint64_t* counts) {
   size_t i = 0;
   for (; i + 32 <= n; i += 32) {
     for (uint32_t equal = prefix_bits(w + 4 * i, prefix); equal; equal &= equal - 1) {
@@ -119,7 +125,8 @@ static size_t threshold(const uint8_t* w, size_t n, uint32_t key, size_t ties, u
   size_t used = 0, i = 0;
   for (; i + 32 <= n; i += 32) {
     uint32_t equal = compare_keys<Wide>(w + i * (Wide ? 4 : 2), key, mask + i);
-    for (; equal && used < ties; equal &= equal - 1, ++used) mask[i + (size_t)__builtin_ctz(equal)] = 1;
+    for (; equal && used < ties; equal &= equal - 1, ++used)
+      mask[i + (size_t)__builtin_ctz(equal)] = 1;
   }
   for (; i < n; ++i) {
     const uint32_t own = key_at(w, Wide, i);
@@ -225,29 +232,35 @@ static void write_scale(uint8_t* out, size_t index, float scale, Kind kind) {
 
 struct Range {
   F low, high, energy, pruned;
-  U worst;
 };
+
+// One block of load_group: sixteen weights, padded with zeros that nothing here can feel.
+template <bool Masked>
+COMPRESS_INLINE void load_block(F x, const uint8_t* mask, float* out, Range& r) {
+  r.energy = add(r.energy, mul(x, x));
+  if (Masked) {
+    const F gone = drop(x, mask);
+    r.pruned = add(r.pruned, mul(gone, gone));
+    x = keep(x, mask);
+  }
+  r.low = min_(r.low, x);
+  r.high = max_(r.high, x);
+  store(out, x);
+}
 
 // Converts up to kChunk weights to float32 with pruned ones zeroed, padded to whole blocks.
 template <int K, bool Masked>
 COMPRESS_INLINE void load_group(const uint8_t* w, const uint8_t* mask, size_t n, float* out,
                                 Range& range) {
   Range r = range;
-  for (size_t i = 0; i < n; i += kLanes) {
-    F x = load_some<K>(w + i * item_size<K>(), n - i);
-    r.worst = umax(r.worst, abs_bits(x));
-    r.energy = add(r.energy, mul(x, x));
-    if (Masked) {
-      uint8_t bytes[kLanes] = {0};
-      const uint8_t* kept = mask + i;
-      if (n - i < kLanes) kept = (const uint8_t*)memcpy(bytes, kept, n - i);
-      const F gone = drop(x, kept);
-      r.pruned = add(r.pruned, mul(gone, gone));
-      x = keep(x, kept);
-    }
-    r.low = min_(r.low, x);
-    r.high = max_(r.high, x);
-    store(out + i, x);
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    load_block<Masked>(load_weights<K>(w + i * item_size<K>()), mask + i, out + i, r);
+  }
+  if (i < n) {
+    uint8_t kept[kLanes] = {0};
+    if (Masked) memcpy(kept, mask + i, n - i);
+    load_block<Masked>(load_some<K>(w + i * item_size<K>(), n - i), kept, out + i, r);
   }
   range = r;
 }
@@ -263,8 +276,7 @@ COMPRESS_INLINE double measure(const float* w, size_t n, float scale, float zero
   const F s = set1(scale), zero = set1(zero_point);
   const F low = set1(-zero_point), high = set1(top - zero_point);
   F error = set1(0), products = set1(0), squares = set1(0);
-  for (size_t i = 0; i < n; i += kLanes) {
-    const F x = load(w + i);
+  const auto block = [&](F x) __attribute__((always_inline)) {
     const F q = min_(max_(rint_(div(x, s)), low), high);
     const F e = sub(x, mul(q, s));
     error = add(error, mul(e, e));
@@ -272,15 +284,21 @@ COMPRESS_INLINE double measure(const float* w, size_t n, float scale, float zero
       products = add(products, mul(x, q));
       squares = add(squares, mul(q, q));
     }
-    if (Codes) {
-      if (n - i >= kLanes) {
-        store_u8(codes + i, add(q, zero));
-      } else {
-        uint8_t bytes[kLanes];
-        store_u8(bytes, add(q, zero));
-        memcpy(codes + i, bytes, n - i);
-      }
-    }
+    return add(q, zero);
+  };
+  size_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const F first = block(load(w + i)), second = block(load(w + i + kLanes));
+    if (Codes) store_u8_pair(codes + i, first, second);
+  }
+  for (; i + kLanes <= n; i += kLanes) {
+    const F code = block(load(w + i));
+    if (Codes) store_u8(codes + i, code);
+  }
+  if (i < n) {
+    uint8_t bytes[kLanes];
+    store_u8(bytes, block(load(w + i)));
+    if (Codes) memcpy(codes + i, bytes, n - i);
   }
   if (Fit) {
     moments->products += (double)reduce_add(products);
@@ -357,22 +375,20 @@ struct Group {
   // Brings a chunk into the buffer, unless the group is its only one and there already.
   void recall(size_t start) const {
     if (size <= kChunk) return;
-    Range ignored{set1(0), set1(0), set1(0), set1(0), set1u(0)};
+    Range ignored{set1(0), set1(0), set1(0), set1(0)};
     read(start, ignored);
   }
 
-  // Reads the weights; `worst` gathers the largest magnitude bits, NaN and infinity included.
-  void survey(U& worst) {
+  void survey() {
     top = (float)((1 << args->bits) - 1);
     energy = pruned = 0;
-    Range range{set1(0), set1(0), set1(0), set1(0), worst};
+    Range range{set1(0), set1(0), set1(0), set1(0)};
     for (size_t start = 0; start < size; start += kChunk) {
       range.energy = range.pruned = set1(0);
       read(start, range);
       energy += (double)reduce_add(range.energy);
       if (Masked) pruned += (double)reduce_add(range.pruned);
     }
-    worst = range.worst;
     low = reduce_min(range.low);
     high = reduce_max(range.high);
   }
@@ -490,7 +506,7 @@ static int64_t quantize_rows(const QuantizeArgs& args) {
     sums[0] = sums[1] = sums[2] = 0;
     for (size_t column = 0; column < args.columns;) {
       size_t count = 0, used = 0;
-      U worst = set1u(0);
+      double energy = 0;
       memset(low, 0, sizeof low);
       memset(high, 0, sizeof high);
       while (column < args.columns && count < kLanes) {
@@ -504,15 +520,23 @@ static int64_t quantize_rows(const QuantizeArgs& args) {
         group.size = size;
         group.w = w + used;
         group.spare = spare;
-        group.survey(worst);
+        group.survey();
+        energy += group.energy;
         low[count] = group.low;
         high[count] = group.high;
         used += padded;
         column += size;
         ++count;
       }
+      // The next batch comes from memory while this one is rounded. (Addresses behind the last
+      // weight are harmless: a prefetch never faults.)
+      const uint8_t* next = args.weights + (row * args.columns + column) * item_size<K>();
+      for (size_t byte = 0; byte < used * item_size<K>(); byte += 64) {
+        __builtin_prefetch(next + byte);
+      }
       plain_scales(args, low, high, scale, zero_point);
-      const bool finite = reduce_umax(worst) <= 0x7F7FFFFFu;
+      // A NaN or an infinity spoils the sum of squares; so may large weights: then look closely.
+      const bool finite = energy < (double)kInfinity;
       for (size_t i = 0; i < count; ++i) {
         const Group<K, Masked>& group = batch[i];
         if (!finite) {
@@ -674,9 +698,8 @@ static size_t compress_items(const uint8_t* values, const uint8_t* mask, size_t 
   return count;
 }
 
-static size_t bitmask_compress(const uint8_t* values, size_t item, const uint8_t* mask,
-                               size_t rows, size_t n, uint8_t* bits, uint8_t* kept,
-                               size_t kept_count) {
+static size_t bitmask_compress(const uint8_t* values, size_t item, const uint8_t* mask, size_t rows,
+                               size_t n, uint8_t* bits, uint8_t* kept, size_t kept_count) {
   if (item == 1) return compress_items<1>(values, mask, rows, n, bits, kept, kept_count);
   if (item == 2) return compress_items<2>(values, mask, rows, n, bits, kept, kept_count);
   if (item == 4) return compress_items<4>(values, mask, rows, n, bits, kept, kept_count);
@@ -684,8 +707,8 @@ static size_t bitmask_compress(const uint8_t* values, size_t item, const uint8_t
 }
 
 template <size_t Item>
-static void expand_items(const uint8_t* bits, const uint8_t* kept, size_t room,
-                         const uint8_t* fill, size_t rows, size_t n, uint8_t* out) {
+static void expand_items(const uint8_t* bits, const uint8_t* kept, size_t room, const uint8_t* fill,
+                         size_t rows, size_t n, uint8_t* out) {
   size_t count = 0;
   for (size_t row = 0; row < rows; ++row) {
     for (size_t i = 0; i < n; i += 8, ++bits) {

@@ -16,7 +16,9 @@ struct U {
 
 constexpr int kTogether = 2;
 
-COMPRESS_INLINE F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+COMPRESS_INLINE F set1(float x) {
+  return {_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
 COMPRESS_INLINE U set1u(uint32_t x) {
   return {_mm256_set1_epi32((int)x), _mm256_set1_epi32((int)x)};
 }
@@ -28,12 +30,24 @@ COMPRESS_INLINE void store(float* p, F v) {
   _mm256_storeu_ps(p, v.a);
   _mm256_storeu_ps(p + 8, v.b);
 }
-COMPRESS_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
-COMPRESS_INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
-COMPRESS_INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-COMPRESS_INLINE F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
-COMPRESS_INLINE F min_(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
-COMPRESS_INLINE F max_(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+COMPRESS_INLINE F add(F x, F y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+COMPRESS_INLINE F sub(F x, F y) {
+  return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)};
+}
+COMPRESS_INLINE F mul(F x, F y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+COMPRESS_INLINE F div(F x, F y) {
+  return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
+}
+COMPRESS_INLINE F min_(F x, F y) {
+  return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)};
+}
+COMPRESS_INLINE F max_(F x, F y) {
+  return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
+}
 COMPRESS_INLINE F rint_(F x) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
@@ -48,9 +62,9 @@ COMPRESS_INLINE U umax(U x, U y) {
 }
 
 COMPRESS_INLINE F load_bf16(const void* p) {
-  const __m256i both = _mm256_loadu_si256((const __m256i*)p);
-  const __m256i a = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(both));
-  const __m256i b = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(both, 1));
+  const __m128i* half = (const __m128i*)p;
+  const __m256i a = _mm256_cvtepu16_epi32(_mm_loadu_si128(half));
+  const __m256i b = _mm256_cvtepu16_epi32(_mm_loadu_si128(half + 1));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)),
           _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
 }
@@ -69,9 +83,15 @@ COMPRESS_INLINE void store_u8(uint8_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words),
                                                  _mm256_extracti128_si256(words, 1)));
 }
+COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y) {
+  const __m256i first = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  const __m256i second = _mm256_packs_epi32(_mm256_cvtps_epi32(y.a), _mm256_cvtps_epi32(y.b));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256((__m256i*)p,
+                      _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order));
+}
 COMPRESS_INLINE U pruned_lanes(const uint8_t* mask) {
-  const __m128i pruned =
-      _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i*)mask), _mm_setzero_si128());
+  const __m128i pruned = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i*)mask), _mm_setzero_si128());
   return {_mm256_cvtepi8_epi32(pruned), _mm256_cvtepi8_epi32(_mm_srli_si128(pruned, 8))};
 }
 COMPRESS_INLINE F keep(F v, const uint8_t* mask) {
@@ -92,17 +112,20 @@ COMPRESS_INLINE F round_f16(F v) {
 COMPRESS_INLINE __m256 round_bf16_half(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i sum =
-      _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
   return _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32((int)0xFFFF0000u)));
 }
-COMPRESS_INLINE F round_bf16(F v) { return {round_bf16_half(v.a), round_bf16_half(v.b)}; }
+COMPRESS_INLINE F round_bf16(F v) {
+  return {round_bf16_half(v.a), round_bf16_half(v.b)};
+}
 COMPRESS_INLINE __m256 lift_half(__m256 v, float tiny) {
   const __m256 sign = _mm256_and_ps(v, _mm256_set1_ps(-0.0f));
   const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
   return _mm256_or_ps(sign, _mm256_max_ps(_mm256_set1_ps(tiny), magnitude));
 }
-COMPRESS_INLINE F lift(F v, float tiny) { return {lift_half(v.a, tiny), lift_half(v.b, tiny)}; }
+COMPRESS_INLINE F lift(F v, float tiny) {
+  return {lift_half(v.a, tiny), lift_half(v.b, tiny)};
+}
 
 COMPRESS_INLINE float reduce_add(F v) {
   const __m256 eight = _mm256_add_ps(v.a, v.b);

@@ -12,23 +12,45 @@ typedef __m512i U;
 
 constexpr int kTogether = 4;
 
-COMPRESS_INLINE F set1(float x) { return _mm512_set1_ps(x); }
-COMPRESS_INLINE U set1u(uint32_t x) { return _mm512_set1_epi32((int)x); }
-COMPRESS_INLINE F load(const void* p) { return _mm512_loadu_ps(p); }
-COMPRESS_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
-COMPRESS_INLINE F add(F x, F y) { return _mm512_add_ps(x, y); }
-COMPRESS_INLINE F sub(F x, F y) { return _mm512_sub_ps(x, y); }
-COMPRESS_INLINE F mul(F x, F y) { return _mm512_mul_ps(x, y); }
-COMPRESS_INLINE F div(F x, F y) { return _mm512_div_ps(x, y); }
-COMPRESS_INLINE F min_(F x, F y) { return _mm512_min_ps(x, y); }
-COMPRESS_INLINE F max_(F x, F y) { return _mm512_max_ps(x, y); }
+COMPRESS_INLINE F set1(float x) {
+  return _mm512_set1_ps(x);
+}
+COMPRESS_INLINE U set1u(uint32_t x) {
+  return _mm512_set1_epi32((int)x);
+}
+COMPRESS_INLINE F load(const void* p) {
+  return _mm512_loadu_ps(p);
+}
+COMPRESS_INLINE void store(float* p, F v) {
+  _mm512_storeu_ps(p, v);
+}
+COMPRESS_INLINE F add(F x, F y) {
+  return _mm512_add_ps(x, y);
+}
+COMPRESS_INLINE F sub(F x, F y) {
+  return _mm512_sub_ps(x, y);
+}
+COMPRESS_INLINE F mul(F x, F y) {
+  return _mm512_mul_ps(x, y);
+}
+COMPRESS_INLINE F div(F x, F y) {
+  return _mm512_div_ps(x, y);
+}
+COMPRESS_INLINE F min_(F x, F y) {
+  return _mm512_min_ps(x, y);
+}
+COMPRESS_INLINE F max_(F x, F y) {
+  return _mm512_max_ps(x, y);
+}
 COMPRESS_INLINE F rint_(F x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 COMPRESS_INLINE U abs_bits(F x) {
   return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF));
 }
-COMPRESS_INLINE U umax(U x, U y) { return _mm512_max_epu32(x, y); }
+COMPRESS_INLINE U umax(U x, U y) {
+  return _mm512_max_epu32(x, y);
+}
 
 COMPRESS_INLINE F load_bf16(const void* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
@@ -42,6 +64,10 @@ COMPRESS_INLINE F load_u8(const void* p) {
 }
 COMPRESS_INLINE void store_u8(uint8_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y) {
+  store_u8(p, x);
+  store_u8(p + 16, y);
 }
 COMPRESS_INLINE __mmask16 kept_lanes(const uint8_t* mask) {
   const __m128i bytes = _mm_loadu_si128((const __m128i*)mask);
@@ -76,6 +102,12 @@ COMPRESS_INLINE float reduce_add(F v) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
-COMPRESS_INLINE float reduce_min(F v) { return _mm512_reduce_min_ps(v); }
-COMPRESS_INLINE float reduce_max(F v) { return _mm512_reduce_max_ps(v); }
-COMPRESS_INLINE uint32_t reduce_umax(U v) { return _mm512_reduce_max_epu32(v); }
+COMPRESS_INLINE float reduce_min(F v) {
+  return _mm512_reduce_min_ps(v);
+}
+COMPRESS_INLINE float reduce_max(F v) {
+  return _mm512_reduce_max_ps(v);
+}
+COMPRESS_INLINE uint32_t reduce_umax(U v) {
+  return _mm512_reduce_max_epu32(v);
+}

@@ -23,28 +23,50 @@ struct U {
 
 constexpr int kTogether = 1;  // candidates ranked in one sweep: bounded by the register file
 
-#define COMPRESS_EACH(Type, expression)               \
-  Type r;                                             \
+#define COMPRESS_EACH(Type, expression)              \
+  Type r;                                            \
   for (int k = 0; k < 4; ++k) r.v[k] = (expression); \
   return r
 
-COMPRESS_INLINE F set1(float x) { COMPRESS_EACH(F, F4{} + x); }
-COMPRESS_INLINE U set1u(uint32_t x) { COMPRESS_EACH(U, U4{} + x); }
+COMPRESS_INLINE F set1(float x) {
+  COMPRESS_EACH(F, F4{} + x);
+}
+COMPRESS_INLINE U set1u(uint32_t x) {
+  COMPRESS_EACH(U, U4{} + x);
+}
 COMPRESS_INLINE F load(const void* p) {
   F r;
   memcpy(&r, p, sizeof r);
   return r;
 }
-COMPRESS_INLINE void store(float* p, F x) { memcpy(p, &x, sizeof x); }
-COMPRESS_INLINE F add(F x, F y) { COMPRESS_EACH(F, x.v[k] + y.v[k]); }
-COMPRESS_INLINE F sub(F x, F y) { COMPRESS_EACH(F, x.v[k] - y.v[k]); }
-COMPRESS_INLINE F mul(F x, F y) { COMPRESS_EACH(F, x.v[k] * y.v[k]); }
-COMPRESS_INLINE F div(F x, F y) { COMPRESS_EACH(F, x.v[k] / y.v[k]); }
-COMPRESS_INLINE F min_(F x, F y) { COMPRESS_EACH(F, x.v[k] < y.v[k] ? x.v[k] : y.v[k]); }
-COMPRESS_INLINE F max_(F x, F y) { COMPRESS_EACH(F, x.v[k] > y.v[k] ? x.v[k] : y.v[k]); }
+COMPRESS_INLINE void store(float* p, F x) {
+  memcpy(p, &x, sizeof x);
+}
+COMPRESS_INLINE F add(F x, F y) {
+  COMPRESS_EACH(F, x.v[k] + y.v[k]);
+}
+COMPRESS_INLINE F sub(F x, F y) {
+  COMPRESS_EACH(F, x.v[k] - y.v[k]);
+}
+COMPRESS_INLINE F mul(F x, F y) {
+  COMPRESS_EACH(F, x.v[k] * y.v[k]);
+}
+COMPRESS_INLINE F div(F x, F y) {
+  COMPRESS_EACH(F, x.v[k] / y.v[k]);
+}
+COMPRESS_INLINE F min_(F x, F y) {
+  COMPRESS_EACH(F, x.v[k] < y.v[k] ? x.v[k] : y.v[k]);
+}
+COMPRESS_INLINE F max_(F x, F y) {
+  COMPRESS_EACH(F, x.v[k] > y.v[k] ? x.v[k] : y.v[k]);
+}
 // To nearest even for |x| < 2^22, which every argument here keeps.
-COMPRESS_INLINE F rint_(F x) { COMPRESS_EACH(F, (x.v[k] + 12582912.0f) - 12582912.0f); }
-COMPRESS_INLINE U abs_bits(F x) { COMPRESS_EACH(U, (U4)x.v[k] & 0x7FFFFFFFu); }
+COMPRESS_INLINE F rint_(F x) {
+  COMPRESS_EACH(F, (x.v[k] + 12582912.0f) - 12582912.0f);
+}
+COMPRESS_INLINE U abs_bits(F x) {
+  COMPRESS_EACH(U, (U4)x.v[k] & 0x7FFFFFFFu);
+}
 COMPRESS_INLINE U4 choose(S4 condition, U4 yes, U4 no) {
   return ((U4)condition & yes) | (~(U4)condition & no);
 }
@@ -86,6 +108,10 @@ COMPRESS_INLINE void store_u8(uint8_t* p, F x) {
     for (int i = 0; i < 4; ++i) p[4 * k + i] = (uint8_t)words[i];
   }
 }
+COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y) {
+  store_u8(p, x);
+  store_u8(p + 16, y);
+}
 COMPRESS_INLINE U4 kept4(const uint8_t* mask) {
   uint32_t word;
   memcpy(&word, mask, 4);
@@ -107,18 +133,24 @@ COMPRESS_INLINE F4 round_f16_4(F4 x) {
   const S4 over = (S4)rounded >= 0x47800000;  // 65536
   return (F4)(sign | choose(over, U4{} + 0x7F800000u, rounded));
 }
-COMPRESS_INLINE F round_f16(F x) { COMPRESS_EACH(F, round_f16_4(x.v[k])); }
+COMPRESS_INLINE F round_f16(F x) {
+  COMPRESS_EACH(F, round_f16_4(x.v[k]));
+}
 COMPRESS_INLINE F4 round_bf16_4(F4 x) {
   const U4 bits = (U4)x;
   return (F4)((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
 }
-COMPRESS_INLINE F round_bf16(F x) { COMPRESS_EACH(F, round_bf16_4(x.v[k])); }
+COMPRESS_INLINE F round_bf16(F x) {
+  COMPRESS_EACH(F, round_bf16_4(x.v[k]));
+}
 COMPRESS_INLINE F4 lift4(F4 x, float tiny) {
   const U4 bits = (U4)x & 0x7FFFFFFFu;
   const F4 floor = F4{} + tiny;
   return (F4)(((U4)x & 0x80000000u) | choose((S4)((F4)bits < floor), (U4)floor, bits));
 }
-COMPRESS_INLINE F lift(F x, float tiny) { COMPRESS_EACH(F, lift4(x.v[k], tiny)); }
+COMPRESS_INLINE F lift(F x, float tiny) {
+  COMPRESS_EACH(F, lift4(x.v[k], tiny));
+}
 
 // The one order of a sum of 16 lanes.
 COMPRESS_INLINE float reduce_add(F x) {

@@ -7,10 +7,10 @@
 namespace compress::cpu {
 
 struct ShuffleTables {
-  alignas(16) uint8_t gather1[256][8];    // byte i of the result comes from this byte
-  alignas(16) uint8_t gather2[256][16];   // the same for 2-byte items
-  alignas(16) uint8_t gather8[16][8];     // four 8-byte items, as 4-byte halves
-  alignas(16) uint8_t scatter1[256][8];   // 0x80 = not kept: shuffles give zero, blends the fill
+  alignas(16) uint8_t gather1[256][8];   // byte i of the result comes from this byte
+  alignas(16) uint8_t gather2[256][16];  // the same for 2-byte items
+  alignas(16) uint8_t gather8[16][8];    // four 8-byte items, as 4-byte halves
+  alignas(16) uint8_t scatter1[256][8];  // 0x80 = not kept: shuffles give zero, blends the fill
   alignas(16) uint8_t scatter2[256][16];
   alignas(16) uint8_t scatter8[16][8];
 };
