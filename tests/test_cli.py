@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from toolbox import tiny_llama, tool, tool_json
 
+from compress import kernels
 from compress.passes import pass_classes
 from compress.passes.base import option_fields
 
@@ -115,3 +116,10 @@ def test_module_and_version() -> None:
         env={**os.environ, "COLUMNS": "80"},
     )  # fmt: skip
     assert "Commands" in bare.stdout + bare.stderr
+
+
+@pytest.mark.skipif(
+    os.environ.get("COMPRESS_REQUIRE_SHARED") != "1", reason="only where a compiler is certain"
+)
+def test_the_compiled_kernels_were_built() -> None:
+    assert kernels.backend().name == "c++", kernels.backend().reason
