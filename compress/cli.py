@@ -320,10 +320,10 @@ def _bytes(flag: str, text: str) -> int:
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in units:
         raise UsageError(f"{flag} {show(text)}: not a size", hint="e.g. 2GB or 512MiB")
-    value = int(float(match[1]) * units[match[2]])
-    if value < 1 << 20:
-        raise UsageError(f"{flag} {show(text)}: less than 1 MiB")
-    return value
+    value = float(match[1]) * units[match[2]]
+    if not 1 << 20 <= value <= 1 << 60:
+        raise UsageError(f"{flag} {show(text)}: not between 1 MiB and 1 EiB")
+    return int(value)
 
 
 def _run(
@@ -341,6 +341,8 @@ def _run(
     content_hash: bool,
     json: bool,
 ) -> None:
+    from dataclasses import replace
+
     from compress.checkpoint import open_checkpoint
     from compress.checkpoint.writer import check_out
     from compress.plan import make_plan
@@ -349,14 +351,14 @@ def _run(
     from compress.run import RunOptions
     from compress.run import run as run_plan
 
-    gates = (*job.gates, *(Gate.parse(text) for text in fail_if))
+    job = replace(job, gates=(*job.gates, *(Gate.parse(text) for text in fail_if)))
     check_out(Path(os.path.abspath(out)), overwrite=overwrite)
     with open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint:
         made: Plan = make_plan(checkpoint, job, options)
         for warning in made.warnings:
             if json:
                 typer.echo(f"warning: {warning}", err=True)
-        settings = RunOptions(overwrite, resume, fsync, report, content_hash, gates)
+        settings = RunOptions(overwrite, resume, fsync, report, content_hash, job.gates)
         with _progress() as progress:
             result = run_plan(made, out, settings, progress)
     _emit(result.body, json, lambda: print_report(result, _console()), raw=result.to_json)
@@ -368,13 +370,15 @@ def _emit(
     """JSON or words, on standard output; a reader that has gone away is no error."""
     import json as codec
 
+    from compress.report import without_nan
+
     try:
         if not json:
             show_it()
         elif raw is not None:
             typer.echo(raw().decode(), nl=False)
         else:
-            typer.echo(codec.dumps(body, indent=1))
+            typer.echo(codec.dumps(without_nan(body), indent=1))
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -97,10 +97,14 @@ def _row(first: Any, info: TensorInfo, second: Any, other: TensorInfo) -> dict[s
     if not (info.is_float and other.is_float):
         row["why"] = None if row["equal"] else f"dtype {info.dtype} and {other.dtype}"
         return row
-    wide_x = np.ascontiguousarray(x, np.float32).reshape(-1)
-    wide_y = np.ascontiguousarray(y, np.float32).reshape(-1)
+    wide: Any = np.float64 if "F64" in (info.dtype, other.dtype) else np.float32
+    wide_x = np.ascontiguousarray(x, wide).reshape(-1)
+    wide_y = np.ascontiguousarray(y, wide).reshape(-1)
     sums = np.zeros(2)
-    kernels.error_sums(wide_x, wide_y, sums)
+    if wide is np.float32:
+        kernels.error_sums(wide_x, wide_y, sums)
+    else:
+        sums[:] = np.square(wide_x - wide_y).sum(), np.square(wide_x).sum()
     error, norm = float(sums[0]), float(sums[1])
     row["squared_error"], row["squared_norm"] = error, norm
     row["relative_error"] = math.sqrt(error / norm) if norm else (0.0 if error == 0 else math.inf)

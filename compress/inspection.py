@@ -27,7 +27,7 @@ def inspect_model(
     """Tensors, roles, sizes; raises InputError or UsageError where the input is not sound."""
     from compress.checkpoint import config as model_config
 
-    if path.suffix == ".json" and path.is_file():
+    if path.suffix == ".json" and not path.name.endswith(".index.json") and path.is_file():
         config = model_config.read_config(path)
         return {"config": path.name, "keys": len(config), "code": model_config.code_keys(config)}
     with open_any(path, allow_pickle=allow_pickle) as checkpoint:
@@ -70,7 +70,8 @@ def print_inspection(body: dict[str, Any], console: Console, limit: int = 400) -
     for heading in ("role", "dtype", "shape"):
         table.add_column(heading, no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
-    more = [k for k in ("zeros", "max", "max_over_std") if any(k in r for r in rows)]
+    columns = ("zeros", "max", "max_over_std", *(f"energy_rank_{r}" for r in _SPECTRUM_RANKS))
+    more = [k for k in columns if any(k in r for r in rows)]
     for heading in more:
         table.add_column(heading.replace("_", " "), justify="right", no_wrap=True)
     for row in rows[:limit]:

@@ -21,7 +21,7 @@ from compress.checkpoint.writer import nbytes_of
 from compress.errors import ResourceError, UsageError, show
 from compress.formats.base import Format
 from compress.passes.base import NAMED_ROLES, Pass, Terms
-from compress.recipe import Recipe
+from compress.recipe import Output, Recipe
 from compress.tensor import Role, TensorInfo
 from compress.tiles import TensorPlan
 
@@ -143,12 +143,19 @@ class Plan:
 
     @property
     def reads(self) -> int:
-        """Bytes read from the source: the write sweep and the first sweep of every survey."""
-        total = sum(t.info.nbytes for t in self.tensors)
-        for one, infos in zip(self.passes, self.members, strict=True):
-            if one.wants_survey:
-                total += sum(i.nbytes for i in infos if one.surveys(i))
-        return total
+        """Bytes read from the source, at most: the write sweep and every survey."""
+        surveys = zip(self.passes, self.members, strict=True)
+        return sum(t.info.nbytes for t in self.tensors) + sum(
+            one.survey_bytes(list(infos)) for one, infos in surveys
+        )
+
+    @property
+    def bytes_before(self) -> int:
+        """The source's weights, config and the files that are copied."""
+        weights = sum(t.info.nbytes for t in self.tensors)
+        return (
+            weights + len(self.checkpoint.config_bytes or b"") + sum(self.layout(1).copies.values())
+        )
 
     @property
     def left_alone(self) -> list[TensorInfo]:
@@ -189,6 +196,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Plan:
     """Resolve targets, order, terms, format and sizes. Raises UsageError or InputError."""
     infos = checkpoint.infos()
     roles.refuse_scaled_fp8(infos)
+    output = Output(
+        options.format or recipe.output.format, options.untouched or recipe.output.untouched
+    )
+    recipe = replace(recipe, output=output)  # what is stored is what ran
     passes, notes = _ordered(_seeded(recipe))
     members = tuple(tuple(_targets(p, infos)) for p in passes)
     _one_writer_a_term(passes, members)
@@ -210,8 +221,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Plan:
     )
     draft = replace(draft, tensors=_tensor_plans(draft, passes))
     _refuse_idle_factors(draft)
-    fmt, reason = _choose_format(draft, options.format or recipe.output.format)
-    plan = replace(draft, format=fmt, format_reason=reason)
+    fmt, reason = _choose_format(draft, output.format)
+    recipe = replace(recipe, output=replace(output, format=fmt.name))
+    plan = replace(draft, recipe=recipe, format=fmt, format_reason=reason)
     return replace(plan, warnings=(*plan.warnings, *_warnings(plan)))
 
 
@@ -305,7 +317,7 @@ def _one_writer_a_term(passes: Sequence[Pass], members: Sequence[Sequence[Tensor
 
 
 def _tensor_plans(plan: Plan, passes: Sequence[Pass]) -> tuple[TensorPlan, ...]:
-    cast = _CAST_TAGS.get(plan.options.untouched or plan.recipe.output.untouched)
+    cast = _CAST_TAGS.get(plan.recipe.output.untouched)
     steps: dict[str, list[int]] = {}
     for index, chosen in enumerate(plan.members):
         for info in chosen:
@@ -359,10 +371,9 @@ def _refuse_idle_factors(plan: Plan) -> None:
 def _warnings(plan: Plan) -> list[str]:
     """What a user should hear before the work, in plain words."""
     found = []
-    decoder = any(t.info.role is Role.HEAD or "embed_tokens" in t.info.name for t in plan.tensors)
     for one in plan.passes:
-        sparsity = getattr(one, "target_sparsity", getattr(one, "sparsity", None)) or 0.0
-        if one.writes == "mask" and decoder and sparsity >= 0.3:
+        sparsity = getattr(one, "sparsity", None) or 0.0
+        if one.writes == "mask" and _is_decoder(plan.checkpoint) and sparsity >= 0.3:
             found.append(
                 f"magnitude pruning at {sparsity:.0%} hurts large language models "
                 "(published: LLaMA-2-7B at 50 % and 4 bits falls from 56.6 to 47.0 average "
@@ -376,3 +387,11 @@ def _warnings(plan: Plan) -> list[str]:
             f"the checkpoint carries code that nothing here runs: {', '.join(map(show, code[:5]))}"
         )
     return found
+
+
+def _is_decoder(checkpoint: Checkpoint) -> bool:
+    """Whether the model generates text, by its config's class or by a head."""
+    classes = (checkpoint.config or {}).get("architectures") or []
+    words = ("CausalLM", "LMHead", "ConditionalGeneration")
+    named = any(word in str(name) for name in classes for word in words)
+    return named or any(i.role is Role.HEAD for i in checkpoint.infos())

@@ -29,7 +29,7 @@ GATE_METRICS = (
     "bits_per_weight_total",
     "sparsity",
 )
-_COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+_COMPARISONS = {">": operator.gt, "<": operator.lt}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Gate:
     @classmethod
     def parse(cls, text: str) -> Gate:
         """`metric>value`, as `--fail-if` takes it. Raises UsageError."""
-        match = re.fullmatch(r"\s*([a-z_]+)\s*(>=|<=|>|<)\s*(\S+)\s*", text)
+        match = re.fullmatch(r"\s*([a-z_]+)\s*([<>])\s*([^\s<>=]+)\s*", text)
         if match is None:
             raise UsageError(
                 f"--fail-if {show(text)}: expected metric>value, e.g. relative_error>0.1"
@@ -101,7 +101,7 @@ class Recipe:
             "passes": [{p.name: _plain(p)} for p in self.passes],
             "output": {f.name: getattr(self.output, f.name) for f in fields(self.output)},
             "gates": [
-                {"metric": g.metric, "max" if g.comparison.startswith(">") else "min": g.value}
+                {"metric": g.metric, "max" if g.comparison == ">" else "min": g.value}
                 for g in self.gates
             ],
         }
@@ -165,7 +165,11 @@ def parse_pass(word: str) -> Pass:
         # `*query*` is a glob to everyone but YAML, which would read an alias.
         is_glob = value.lstrip().startswith("*")
         where = f"{show(name)}: {show(key.strip())}"
-        options[key.strip()] = value.strip() if is_glob else parse_yaml(value.encode(), where)
+        try:
+            options[key.strip()] = value.strip() if is_glob else parse_yaml(value.encode(), where)
+        except InputError as error:  # typed on the command line: a flag, not a file
+            hint = 'quote globs inside a list: targets=["*query", "*key"]'
+            raise UsageError(error.message, hint=hint) from error
     return build_pass(name.strip(), options)
 
 

@@ -54,7 +54,7 @@ class Report:
 
     def to_json(self) -> bytes:
         """The document as JSON (no NaN: a figure that does not exist is null)."""
-        return (json.dumps(_no_nan(self.body), indent=1) + "\n").encode()
+        return (json.dumps(without_nan(self.body), indent=1) + "\n").encode()
 
 
 def row(plan: Plan, tensor: TensorPlan, sums: Sums) -> dict[str, Any]:
@@ -69,6 +69,8 @@ def row(plan: Plan, tensor: TensorPlan, sums: Sums) -> dict[str, Any]:
         "dtype": info.dtype,
         "shape": list(info.shape),
         "passes": list(tensor.terms.passes),
+        "changed": tensor.terms.changed,
+        "cast": tensor.cast,
         "bits": codes.bits if codes is not None else None,
         "group_size": codes.group_size if codes is not None else None,
         "rank": tensor.terms.rank,
@@ -81,6 +83,7 @@ def row(plan: Plan, tensor: TensorPlan, sums: Sums) -> dict[str, Any]:
         "plain_relative_error": plain if sums.plain else None,
         "plain": sums.plain or None,
         "seconds": round(sums.seconds, 6),
+        "cast_relative_error": _ratio(sums.cast_squared_error, sums.cast_squared_norm),
         "squared_error": sums.squared_error,
         "squared_norm": sums.squared_norm,
         "extra": sums.extra,
@@ -96,18 +99,16 @@ def build(
     peak_memory: int,
 ) -> Report:
     """The whole document of a finished run."""
-    changed = [r for r in rows if r["passes"]]
+    changed = [r for r in rows if r["changed"]]
     size = {t.info.name: t.info.size for t in plan.tensors}
     targeted = sum(size[r["name"]] for r in changed)
     every = sum(t.info.size for t in plan.tensors if t.info.is_float)
     source_files = sum(t.info.nbytes for t in plan.tensors)
-    copies = sum(layout.copies.values())
-    config = len(plan.checkpoint.config_bytes or b"")
-    error = sum(r["squared_error"] for r in rows)
-    norm = sum(r["squared_norm"] for r in rows)
+    error = sum(r["squared_error"] for r in changed)
+    norm = sum(r["squared_norm"] for r in changed)
     zeros = sum(r["sparsity"] * size[r["name"]] for r in changed)
     totals = {
-        "bytes_before": source_files + copies + config,
+        "bytes_before": plan.bytes_before,
         "bytes_after": layout.nbytes,
         "weight_bytes_before": source_files,
         "weight_bytes_after": layout.weight_bytes,
@@ -117,7 +118,8 @@ def build(
         "weights": every,
         "sparsity": zeros / max(1, targeted),
         "relative_error": _ratio(error, norm),
-        "max_relative_error": max((r["relative_error"] for r in rows), default=0.0),
+        "max_relative_error": max((r["relative_error"] for r in changed), default=0.0),
+        "cast_relative_error": max((r["cast_relative_error"] for r in rows), default=0.0),
         "plain_relative_error": _plain_total(changed),
         "seconds": round(seconds, 3),
         "peak_memory": peak_memory,
@@ -143,7 +145,7 @@ def build(
 def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
     """The report as a table: the tensors with the largest error, the totals, the verdict."""
     body, totals = report.body, report.body["totals"]
-    changed = [r for r in body["tensors"] if r["passes"]]
+    changed = [r for r in body["tensors"] if r["changed"]]
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     table.add_column("tensor", overflow="ellipsis", no_wrap=True, ratio=1)
     for heading in ("bytes", "bits/w", "zeros", "error", "plain"):
@@ -198,6 +200,8 @@ def human(nbytes: float) -> str:
 
 def _verdict(plan: Plan, totals: Mapping[str, Any], changed: list[dict[str, Any]]) -> str:
     """Did the result beat plain rounding at the same bytes? In one sentence."""
+    if not changed:
+        return "verdict: nothing to change: the weights are as they were"
     plain = totals["plain_relative_error"]
     compared = [r for r in changed if r["plain_relative_error"] is not None]
     if plain is None:
@@ -261,11 +265,12 @@ def _fact(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else show(str(value), 120)
 
 
-def _no_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """JSON types with null for every number that JSON cannot write."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {k: _no_nan(v) for k, v in value.items()}
+        return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_no_nan(v) for v in value]
+        return [without_nan(v) for v in value]
     return value

@@ -31,7 +31,7 @@ def plan_body(plan: Plan) -> dict[str, Any]:
             {"name": p.name, "tensors": len(members), "surveys": p.wants_survey, "facts": p.facts()}
             for p, members in zip(plan.passes, plan.members, strict=True)
         ],
-        "bytes_before": sum(t.info.nbytes for t in plan.tensors),
+        "bytes_before": plan.bytes_before,
         "bytes": list(plan.bytes_range),
         "exact": plan.exact,
         "bits_per_weight_total": [

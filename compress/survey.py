@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from compress.checkpoint import Checkpoint
 from compress.parallel import map_tiles
 from compress.passes.base import Pass
 from compress.plan import Plan
-from compress.tiles import TensorPlan, Tile, cut, read_tile, survey_tiles
+from compress.tiles import TensorPlan, Tile, read_tile, survey_tiles
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
@@ -22,7 +18,11 @@ def decide_all(plan: Plan, progress: Progress) -> Plan:
     for index in range(len(plan.passes)):
         while plan.passes[index].wants_survey:
             plan = plan.decided(index, _sweep(plan, index, progress))
-    return _count_open(plan, progress)
+    for tensor in plan.tensors:
+        if not tensor.terms.exact:
+            passes = ", ".join(tensor.terms.passes)
+            raise RuntimeError(f"{tensor.info.name}: {passes} left its size open after the surveys")
+    return plan
 
 
 def _sweep(plan: Plan, index: int, progress: Progress) -> Pass:
@@ -54,36 +54,3 @@ def _sweep(plan: Plan, index: int, progress: Progress) -> Pass:
 def _before(plan: Plan, tensor: TensorPlan, index: int) -> list[Pass]:
     bound = plan.bound(tensor)
     return [p for step, p in zip(tensor.steps, bound, strict=True) if step < index]
-
-
-def _count_open(plan: Plan, progress: Progress) -> Plan:
-    """Count kept weights where a mask's size follows from the values alone (N:M over zeros)."""
-    if plan.exact:
-        return plan
-    still_open = [t for t in plan.tensors if not t.terms.exact]
-    checkpoint: Checkpoint = plan.checkpoint
-    kept: dict[str, int] = {}
-
-    def work(tile: Tile) -> int:
-        tensor = read_tile(checkpoint, tile)
-        for one in plan.bound(tile.tensor):
-            if one.writes in ("outliers", "mask"):
-                tensor = one.apply(tensor)
-        return tensor.source.size if tensor.mask is None else int(np.count_nonzero(tensor.mask))
-
-    tiles = [tile for t in still_open for tile in cut(t, plan.passes, plan.tile_bytes)]
-    for tile, count in map_tiles(
-        work, tiles, workers=plan.options.workers, memory=plan.options.memory
-    ):
-        name = tile.tensor.info.name
-        kept[name] = kept.get(name, 0) + count
-        progress("counting", len(kept), len(still_open))
-    return replace(
-        plan,
-        tensors=tuple(
-            replace(t, terms=replace(t.terms, nonzeros=(kept[t.info.name],) * 2))
-            if t.info.name in kept
-            else t
-            for t in plan.tensors
-        ),
-    )

@@ -26,7 +26,7 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows [start, stop) of a tensor's matrix; bytes [start, stop) where `raw`."""
+    """Rows [start, stop) of a tensor's matrix; bytes [start, stop) of its data where `raw`."""
 
     tensor: TensorPlan
     start: int
@@ -39,12 +39,10 @@ def cut(tensor: TensorPlan, passes: Sequence[Pass], tile_bytes: int = TILE_BYTES
     """The tiles of one tensor in order; one tile where a pass or the format needs it whole."""
     info = tensor.info
     works = [passes[i] for i in tensor.steps]
-    if not tensor.terms.changed and tensor.cast is None and not tensor.terms.outliers[1]:
+    if not tensor.terms.changed and not tensor.terms.outliers[1]:
         starts = range(0, info.nbytes, tile_bytes) if info.nbytes else range(0, 1)
-        return [
-            Tile(tensor, s, min(s + tile_bytes, info.nbytes), True, min(tile_bytes, info.nbytes))
-            for s in starts
-        ]
+        cost = min(tile_bytes, info.nbytes) * (1 if tensor.cast is None else 6)
+        return [Tile(tensor, s, min(s + tile_bytes, info.nbytes), True, cost) for s in starts]
     rows, columns = info.matrix_shape
     terms = tensor.terms
     whole = (
@@ -66,7 +64,7 @@ def survey_tiles(tensor: TensorPlan, tile_bytes: int = TILE_BYTES) -> list[Tile]
     rows, columns = info.matrix_shape
     row_bytes = max(1, columns * DTYPES[info.dtype].itemsize)
     step = rows if info.role is Role.CONV1D else max(1, tile_bytes // row_bytes)
-    bounds = [(r, min(r + step, rows)) for r in range(0, rows, max(1, step))]
+    bounds = [(r, min(r + step, rows)) for r in range(0, rows, max(1, step))] or [(0, 0)]
     return [Tile(tensor, a, b, False, 2 * (b - a) * row_bytes) for a, b in bounds]
 
 

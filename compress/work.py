@@ -11,11 +11,12 @@ import numpy as np
 from compress import formats, kernels
 from compress.checkpoint.writer import nbytes_of
 from compress.errors import InputError, show
+from compress.formats.arrays import plain
 from compress.formats.base import MODEL, Named
 from compress.passes.quantize import PLAIN_SQUARED_ERROR, SQUARED_ERROR, SQUARED_NORM
 from compress.plan import Plan
 from compress.solvers import baseline
-from compress.tensor import DTYPES, Tensor
+from compress.tensor import DTYPES, Array, Tensor
 from compress.tiles import Tile, read_tile
 
 
@@ -29,6 +30,8 @@ class Sums:
     plain_squared_norm: float = 0.0  # over the part that the plain figure was measured on
     nonzeros: int = 0
     seconds: float = 0.0
+    cast_squared_error: float = 0.0  # of `--untouched`, kept apart from what passes cost
+    cast_squared_norm: float = 0.0
     plain: str = ""  # what the plain rounding was, e.g. "4 bits, group 32"
     extra: dict[str, float] = field(default_factory=dict)
 
@@ -38,6 +41,8 @@ class Sums:
         self.squared_norm += other.squared_norm
         self.plain_squared_error += other.plain_squared_error
         self.plain_squared_norm += other.plain_squared_norm
+        self.cast_squared_error += other.cast_squared_error
+        self.cast_squared_norm += other.cast_squared_norm
         self.nonzeros += other.nonzeros
         self.seconds += other.seconds
         self.plain = self.plain or other.plain
@@ -58,65 +63,71 @@ def work_on(plan: Plan, tile: Tile) -> Packed:
     """Everything that happens to one tile between reading and writing."""
     started = time.perf_counter()
     if tile.raw:
-        return Packed({}, raw=_raw_bytes(plan, tile))
-    tensor = read_tile(plan.checkpoint, tile)
+        return _untouched(plan, tile)
     terms = tile.tensor.terms
-    if not terms.changed and tile.tensor.cast is not None:
-        return _cast(tensor, tile, started)
+    tensor = read_tile(plan.checkpoint, tile)
     for one in plan.bound(tile.tensor):
         tensor = one.apply(tensor)
-    sums = _measure(tensor)
     if terms.changed:
+        sums = _measure(tensor, rounded=plan.format.name == "dense")
         arrays = plan.format.pack(tensor, terms)
-    else:
-        arrays = {(MODEL, tensor.info.name): tensor.info.from_matrix(tensor.source)}
-        arrays |= formats.pack_super_weights(tensor)
-    if terms.changed:
         _compare_with_plain(plan, tile, tensor, sums)
+    else:  # super weights alone: the tensor goes as it is, its exact entries beside it
+        values = tensor.info.from_matrix(tensor.source)
+        sums = Sums(nonzeros=tensor.source.size)
+        if tile.tensor.cast is not None:
+            values = _cast(values, tile, sums)
+        arrays = {(MODEL, tensor.info.name): values} | formats.pack_super_weights(tensor)
     sums.seconds = time.perf_counter() - started
     return Packed(arrays, sums=sums)
 
 
-def _raw_bytes(plan: Plan, tile: Tile) -> Any:
-    buffer = bytearray(tile.stop - tile.start)
-    if buffer:
-        plan.checkpoint.read_into(tile.tensor.info, tile.start, memoryview(buffer))
-    return buffer
+def _untouched(plan: Plan, tile: Tile) -> Packed:
+    """A range of bytes as it is, or as another float dtype."""
+    info = tile.tensor.info
+    buffer = np.empty(tile.stop - tile.start, np.uint8)
+    if buffer.size:
+        plan.checkpoint.read_into(info, tile.start, buffer.data)
+    if tile.tensor.cast is None:
+        return Packed({}, raw=buffer)
+    sums = Sums(nonzeros=buffer.size // DTYPES[info.dtype].itemsize)
+    narrow = _cast(buffer.view(DTYPES[info.dtype]), tile, sums)
+    return Packed({}, raw=narrow.view(np.uint8), sums=sums)
 
 
-def _cast(tensor: Tensor, tile: Tile, started: float) -> Packed:
+def _cast(values: Array, tile: Tile, sums: Sums) -> Array:
     """`--untouched`: another float dtype, refused where a finite weight would overflow."""
-    tag = tile.tensor.cast or tensor.info.dtype
-    with np.errstate(over="ignore"):
-        values = tensor.source.astype(DTYPES[tag])
-    wide = tensor.source.astype(np.float32)
-    narrow = values.astype(np.float32)
-    if bool(np.any(np.isinf(narrow) & np.isfinite(wide))):
+    tag = tile.tensor.cast or tile.tensor.info.dtype
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow = values.astype(DTYPES[tag])
+        lost = np.isinf(narrow.astype(np.float32)) & np.isfinite(values.astype(np.float64))
+    if bool(lost.any()):
         raise InputError(
-            f"tensor {show(tensor.info.name)}: a weight of {np.abs(wide).max():g} does not fit "
-            f"{tag}",
+            f"tensor {show(tile.tensor.info.name)}: a weight of {values[lost].flat[0]:g} does not "
+            f"fit {tag}",
             hint="use --untouched bf16 or keep",
         )
-    sums = Sums(nonzeros=int(np.count_nonzero(wide)))
-    error = np.zeros(2)
-    kernels.error_sums(wide, narrow, error)
-    sums.squared_error, sums.squared_norm = float(error[0]), float(error[1])
-    sums.seconds = time.perf_counter() - started
-    shape = (-1, *tensor.info.shape[1:]) if tensor.info.shape else ()
-    return Packed({(MODEL, tensor.info.name): values.reshape(shape)}, sums=sums)
+    error = values.astype(np.float64) - narrow.astype(np.float64)
+    finite = np.isfinite(error)
+    sums.cast_squared_error = float(np.square(error[finite]).sum())
+    sums.cast_squared_norm = float(np.square(values[finite].astype(np.float64)).sum())
+    return narrow
 
 
-def _measure(tensor: Tensor) -> Sums:
-    """Squared error against the source; the quantizer has measured it on the way."""
+def _measure(tensor: Tensor, *, rounded: bool) -> Sums:
+    """Squared error against the source; the quantizer has measured it on the way.
+
+    `rounded`: of the values as they are stored in the source's dtype (the dense format).
+    """
     notes = tensor.notes
     sums = Sums(extra={k: v for k, v in notes.items() if k not in _SUM_NOTES})
-    if SQUARED_ERROR in notes:
+    if SQUARED_ERROR in notes and not rounded:
         sums.squared_error = notes[SQUARED_ERROR]
         sums.squared_norm = notes[SQUARED_NORM]
     else:
         error = np.zeros(2)
-        source = _kernel_ready(tensor)
-        kernels.error_sums(source, tensor.decode(), error)
+        decoded = plain(tensor).astype(np.float32) if rounded else tensor.decode()
+        kernels.error_sums(_kernel_ready(tensor), np.ascontiguousarray(decoded), error)
         sums.squared_error, sums.squared_norm = float(error[0]), float(error[1])
     if tensor.mask is not None:
         sums.nonzeros = int(np.count_nonzero(tensor.mask))

@@ -147,6 +147,10 @@ class Pass:
         """A statistic of one tile; None where this one tells nothing."""
         raise NotImplementedError
 
+    def survey_bytes(self, infos: list[TensorInfo]) -> int:
+        """Bytes that all sweeps together read, at most; infos are the targets."""
+        return sum(i.nbytes for i in infos) if self.wants_survey else 0
+
     def merge(self, a: Any, b: Any) -> Any:
         """Combine two statistics; associative. Called in order of (tensor, first row)."""
         raise NotImplementedError

@@ -210,6 +210,13 @@ class Prune(Pass):
         """One sweep; a second one where float32 weights share the bin of a threshold."""
         return self.cuts is None
 
+    def survey_bytes(self, infos: list[TensorInfo]) -> int:
+        """One sweep; a second over tensors whose magnitudes do not fit 15 bits, at most."""
+        if not self.wants_survey:
+            return 0
+        wide = {i.dtype for i in infos} not in ({"BF16"}, {"F16"})
+        return sum(i.nbytes * (2 if wide and i.dtype != "BF16" else 1) for i in infos)
+
     def surveys(self, info: TensorInfo) -> bool:
         """Whether the next sweep has to read this tensor."""
         return self.sweep is None or info.name in self.sweep.plan.prefixes

@@ -287,6 +287,11 @@ class SuperWeights(Pass):
         """Three sweeps: find the MLPs (nothing is read), norms of gate and up, scores of down."""
         return self.entries is None
 
+    def survey_bytes(self, infos: list[TensorInfo]) -> int:
+        """Every gate, up and down projection once."""
+        names = {n for mlp in gated_mlps(infos) for n in (mlp.gate, mlp.up, mlp.down)}
+        return sum(i.nbytes for i in infos if i.name in names) if self.wants_survey else 0
+
     def surveys(self, info: TensorInfo) -> bool:
         """Whether the next sweep has to read this tensor."""
         if self.search is None:
