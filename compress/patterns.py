@@ -55,7 +55,8 @@ def matches_any(patterns: Iterable[str], info: TensorInfo) -> bool:
 
 def eligible(info: TensorInfo, roles: Collection[Role]) -> bool:
     """Whether a tensor can be a target at all: floating point, a matrix with weights, a role."""
-    return info.is_float and len(info.shape) >= MATRIX_AXES and info.role in roles
+    is_matrix = len(info.shape) >= MATRIX_AXES and info.size > 0
+    return info.is_float and is_matrix and info.role in roles
 
 
 def select(
