@@ -121,7 +121,7 @@ def arrange(
     copies = {
         name: ((checkpoint.directory or checkpoint.path) / name).stat().st_size
         for name in checkpoint.sidecars
-        if name not in files
+        if name not in files and name not in formats.OWN_FILES
     }
     return Layout(tuple(shards), tuple(parts), files, copies)
 
@@ -145,7 +145,13 @@ def _shards(
                 part=MODEL,
                 tensors=members,
                 specs=tuple(s for _, own in group for s in own),
-                metadata={"format": "pt"} | tied | metadata.encode(fmt.name, entries),
+                metadata=tied
+                | metadata.encode(
+                    fmt.name,
+                    entries,
+                    source_metadata=checkpoint.foreign_metadata,
+                    cast={t.info.name: t.info.dtype for t in members if t.cast is not None},
+                ),
             )
         )
     return shards

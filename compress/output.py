@@ -22,12 +22,13 @@ from compress.checkpoint.config import parse_config
 from compress.checkpoint.directory import find_sidecars
 from compress.checkpoint.files import InputFile, open_inside, resolve_inside
 from compress.checkpoint.safetensors import read_header
+from compress.checkpoint.source import AlreadyCompressed
 from compress.errors import InputError, UsageError, show
 from compress.formats import metadata
-from compress.formats.arrays import plain
+from compress.formats.arrays import cast_like, plain
 from compress.formats.base import MODEL, ArraySpec, Entry, Format
 from compress.roles import assign_roles
-from compress.tensor import Array, Tensor, TensorInfo
+from compress.tensor import DTYPES, Array, Tensor, TensorInfo
 
 # What may be the weights of an output, in order of preference.
 _ENTRANCES = (
@@ -36,10 +37,7 @@ _ENTRANCES = (
     "model.safetensors.index.json",
     "model.safetensors",
 )
-# Files that belong to an output, not to the model it was made from.
-_OWN_FILES = frozenset({"manifest.json", "recipe.yaml"})
-_OWN_PREFIXES = ("report.", "adapter/")
-_NOT_ALIASES = frozenset({"format", metadata.KEY})
+_NOT_ALIASES = frozenset({metadata.FORMAT, metadata.KEY})
 
 
 class CompressedCheckpoint(Checkpoint):
@@ -67,6 +65,8 @@ class CompressedCheckpoint(Checkpoint):
         Raises UsageError for rows outside the tensor, InputError for damaged arrays.
         """
         known = self.info(info.name)
+        if known.name in self.rounded:
+            return _as(known.dtype, self.stored.read(known, start, stop))
         if known.name not in self.entries:
             return self.stored.read(known, start, stop)
         rows = known.shape[0]
@@ -80,19 +80,21 @@ class CompressedCheckpoint(Checkpoint):
     def read_bytes(self, info: TensorInfo, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of the tensor's decoded data."""
         known = self.info(info.name)
-        if known.name not in self.entries:
+        if known.name not in self.entries and known.name not in self.rounded:
             return self.stored.read_bytes(known, start, stop)
         if not 0 <= start <= stop <= known.nbytes:
             raise UsageError(
                 f"tensor '{show(known.name)}': range {start}:{stop} is outside 0:{known.nbytes}"
             )
+        if known.name in self.rounded:
+            return self._rounded_bytes(known, start, stop)
         flat = self._decoded(known).reshape(-1).view(np.uint8)
         return np.array(flat[start:stop]).data
 
     def read_into(self, info: TensorInfo, start: int, buffer: memoryview) -> None:
         """Fill a contiguous, writable buffer from byte `start` of the tensor's decoded data."""
         known = self.info(info.name)
-        if known.name not in self.entries:
+        if known.name not in self.entries and known.name not in self.rounded:
             self.stored.read_into(known, start, buffer)
         elif buffer.nbytes:
             buffer.cast("B")[:] = self.read_bytes(known, start, start + buffer.nbytes)
@@ -102,7 +104,7 @@ class CompressedCheckpoint(Checkpoint):
         info = self.info(name)
         entry = self.entries.get(name)
         if entry is None:
-            return Tensor(info, info.to_matrix(self.stored.read(info)))
+            return Tensor(info, info.to_matrix(self.read(info)))
         return self.format.unpack(entry, self._fetch)
 
     def info(self, name: str) -> TensorInfo:
@@ -151,7 +153,16 @@ class CompressedCheckpoint(Checkpoint):
             self._last = (info.name, values)
         return values
 
-    def _load(self, entries: dict[str, Entry]) -> None:
+    def _rounded_bytes(self, info: TensorInfo, start: int, stop: int) -> memoryview:
+        """Bytes [start, stop) of a tensor that is stored in another dtype than it had."""
+        dtype, stored = DTYPES[info.dtype], DTYPES[self.rounded[info.name]]
+        first, last = start // dtype.itemsize, -(-stop // dtype.itemsize)
+        raw = self.stored.read_bytes(info, first * stored.itemsize, last * stored.itemsize)
+        flat = _as(info.dtype, np.frombuffer(raw, stored)).view(np.uint8)
+        begin = first * dtype.itemsize
+        return flat[start - begin : stop - begin].data
+
+    def _load(self, entries: dict[str, Entry], cast: dict[str, str]) -> None:
         """Check that the files hold what the record says, and list the original tensors."""
         taken: dict[str, str] = {}
         for entry in entries.values():
@@ -169,8 +180,12 @@ class CompressedCheckpoint(Checkpoint):
                 infos[owner] = replace(entries[owner].info, file=stored.file)
             elif stored.name in entries:
                 raise self._damaged(f"two tensors are called {show(stored.name)}")
+            elif stored.name in cast:
+                infos[stored.name] = self._before_rounding(stored, cast.pop(stored.name))
             else:
                 infos[stored.name] = stored
+        if cast:
+            raise self._damaged(f"the tensor {show(min(cast))} is missing")
         # Roles of tensors that were left alone follow from the config and the original names.
         found = assign_roles(list(infos.values()), self.config)
         self._infos = [infos[i.name] if i.name in entries else i for i in found]
@@ -178,6 +193,14 @@ class CompressedCheckpoint(Checkpoint):
         for alias, kept in self.stored.metadata.items():
             if kept in infos and alias not in infos and alias not in _NOT_ALIASES:
                 self.aliases[alias] = kept
+
+    def _before_rounding(self, stored: TensorInfo, dtype: str) -> TensorInfo:
+        """The header that a tensor had before `--untouched` rounded it."""
+        if not stored.is_float:
+            raise self._damaged(f"the tensor {show(stored.name)} is {stored.dtype}, not rounded")
+        self.rounded[stored.name] = stored.dtype
+        nbytes = stored.size * DTYPES[dtype].itemsize
+        return replace(stored, dtype=dtype, nbytes=nbytes, offset=-1)
 
     def _check(self, spec: ArraySpec) -> None:
         if spec.part not in self._parts:
@@ -225,16 +248,17 @@ def open_output(path: str | Path) -> CompressedCheckpoint:
     opened: list[Checkpoint] = []
     try:
         opened.append(open_checkpoint(Path(directory) / entrance, allow_quantized=True))
-        format_name, entries = _records(directory, entrance)
+        record = _record(directory, entrance)
         parts: dict[str, Checkpoint] = {}
         for part, relative in _part_files(directory):
             parts[part] = open_checkpoint(resolve_inside(directory, relative))
             opened.append(parts[part])
         checkpoint = CompressedCheckpoint(
-            Path(path), opened[0], parts, _format_of(format_name, str(path))
+            Path(path), opened[0], parts, _format_of(record.format, str(path))
         )
         _add_surroundings(checkpoint, directory)
-        checkpoint._load(entries)
+        checkpoint.metadata |= record.source_metadata
+        checkpoint._load({e.info.name: e for e in record.entries}, dict(record.cast))
     except BaseException:
         for one in opened:
             one.close()
@@ -249,14 +273,13 @@ def open_any(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     """
     if is_compressed(path):
         return open_output(path)
-    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
-    if metadata.is_present(checkpoint.metadata):
-        checkpoint.close()
+    try:
+        return open_checkpoint(path, allow_pickle=allow_pickle)
+    except AlreadyCompressed:
         raise UsageError(
             f"{show(str(path))}: one file of a compressed checkpoint",
             hint="name the directory that it lies in",
-        )
-    return checkpoint
+        ) from None
 
 
 def _entrance(directory: str) -> str | None:
@@ -273,20 +296,24 @@ def _weight_files(directory: str, entrance: str) -> list[str]:
         return read_index(file, ".safetensors").shards
 
 
-def _records(directory: str, entrance: str) -> tuple[str, dict[str, Entry]]:
-    """(format, entries by name) from the metadata of every weight file."""
+def _record(directory: str, entrance: str) -> metadata.Record:
+    """The records of all weight files as one."""
     names: set[str] = set()
     entries: dict[str, Entry] = {}
+    source_metadata: dict[str, str] = {}
+    cast: dict[str, str] = {}
     for file in _weight_files(directory, entrance):
-        format_name, found = metadata.decode(_metadata_of(directory, file))
-        names.add(format_name)
-        for entry in found:
-            if entry.info.name in entries:
-                raise InputError(f"{show(file)}: tensor {show(entry.info.name)} is recorded twice")
-            entries[entry.info.name] = entry
+        found = metadata.decode(_metadata_of(directory, file))
+        names.add(found.format)
+        own = {entry.info.name: entry for entry in found.entries}
+        if twice := (own.keys() | found.cast.keys()) & (entries.keys() | cast.keys()):
+            raise InputError(f"{show(file)}: tensor {show(min(twice))} is recorded twice")
+        entries |= own
+        cast |= found.cast
+        source_metadata |= found.source_metadata
     if len(names) != 1:
         raise InputError("the weight files were written in different formats")
-    return names.pop(), entries
+    return metadata.Record(names.pop(), tuple(entries.values()), source_metadata, cast)
 
 
 def _metadata_of(directory: str, name: str) -> dict[str, str]:
@@ -316,6 +343,13 @@ def _part_files(directory: str) -> Iterator[tuple[str, str]]:
             yield part, relative
 
 
+def _as(dtype: str, values: Array) -> Array:
+    """Floats in another dtype, in their own shape; finite values stay finite."""
+    flat = np.ascontiguousarray(values).reshape(-1).astype(np.float32)
+    widened: Array = cast_like(flat, DTYPES[dtype]).reshape(values.shape)
+    return widened
+
+
 def _format_of(name: str, where: str) -> Format:
     if name not in formats.NAMES:
         raise InputError(
@@ -336,9 +370,5 @@ def _add_surroundings(checkpoint: CompressedCheckpoint, directory: str) -> None:
             raw = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         checkpoint.config, checkpoint.config_bytes = config, raw
     found = find_sidecars(directory, {"config.json"})
-    checkpoint.sidecars = [
-        name
-        for name in found.files
-        if name not in _OWN_FILES and not name.startswith(_OWN_PREFIXES)
-    ]
+    checkpoint.sidecars = [name for name in found.files if name not in formats.OWN_FILES]
     checkpoint.code_files = [n for n in found.code if n in checkpoint.sidecars]

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from compress import formats, layout, patterns, roles, tiles
+from compress.buffers import BufferPool
 from compress.checkpoint import Checkpoint
 from compress.checkpoint import config as model_config
 from compress.checkpoint.writer import nbytes_of
 from compress.errors import ResourceError, UsageError, show
-from compress.formats.base import Format
+from compress.formats.base import Entry, Format
 from compress.passes.base import NAMED_ROLES, Pass, Terms
 from compress.recipe import Output, Recipe
 from compress.tensor import Role, TensorInfo
@@ -70,6 +71,11 @@ class Plan:
     warnings: tuple[str, ...] = ()
     tile_bytes: int = field(default=tiles.TILE_BYTES)
 
+    @cached_property
+    def buffers(self) -> BufferPool:
+        """Read buffers of one tile each, shared by the threads."""
+        return BufferPool(self.tile_bytes)
+
     def decided(self, index: int, made: Pass) -> Plan:
         """The plan once pass `index` has decided."""
         passes = (*self.passes[:index], made, *self.passes[index + 1 :])
@@ -91,7 +97,14 @@ class Plan:
     @cached_property
     def bytes_range(self) -> tuple[int, int]:
         """The output's bytes at least and at most, `report.*` and the manifest apart."""
-        return self.layout(0).nbytes, self.layout(1).nbytes
+        low, high = (self.layout(end) for end in (0, 1))
+        return low.nbytes + self._slack(low, 0), high.nbytes + self._slack(high, 1)
+
+    def _slack(self, closed: layout.Layout, end: int) -> int:
+        """What makes the size of a layout whose open ranges were closed at one end a bound."""
+        entries = [Entry(t.info, t.terms) for t in self.tensors]
+        files = [f.header_specs for f in (*closed.shards, *closed.parts)]
+        return formats.slack(self.format, entries, files, end)
 
     def layout(self, end: int | None = None) -> layout.Layout:
         """The output's files; `end` closes open ranges at their low (0) or high (1) side."""
@@ -257,7 +270,7 @@ def alternatives(plan: Plan) -> dict[str, tuple[int, int] | str]:
             weights[name] = refusal
             continue
         other = replace(plan, format=fmt)
-        weights[name] = (other.layout(0).nbytes, other.layout(1).nbytes)
+        weights[name] = other.bytes_range
     return weights
 
 
@@ -344,7 +357,7 @@ def _choose_format(plan: Plan, wanted: str) -> tuple[Format, str]:
     changed = {t.info.name: t.terms for t in plan.tensors if t.terms.changed}
     infos = plan.checkpoint.infos()
     if wanted == "auto":
-        return formats.choose(changed, infos, plan.checkpoint.config)
+        return formats.choose(changed, infos, plan.checkpoint.config, plan.checkpoint.aliases)
     fmt = formats.get(wanted)
     refusal = _refusal(plan, fmt)
     if refusal is not None:
@@ -356,7 +369,8 @@ def _choose_format(plan: Plan, wanted: str) -> tuple[Format, str]:
 
 def _refusal(plan: Plan, fmt: Format) -> str | None:
     changed = {t.info.name: t.terms for t in plan.tensors if t.terms.changed}
-    return formats.refusal(fmt, changed, plan.checkpoint.infos(), plan.checkpoint.config)
+    checkpoint = plan.checkpoint
+    return formats.refusal(fmt, changed, checkpoint.infos(), checkpoint.config, checkpoint.aliases)
 
 
 def _refuse_idle_factors(plan: Plan) -> None:
@@ -385,6 +399,8 @@ def _warnings(plan: Plan) -> list[str]:
             )
     if any(t.terms.rank and t.terms.nonzeros is not None for t in plan.tensors):
         found.append("the low-rank term fills pruned zeros: the decoded matrices are dense")
+    if ours := [n for n in plan.checkpoint.sidecars if n in formats.OWN_FILES]:
+        found.append(f"the source's own {', '.join(map(show, ours))} gives way to this output's")
     code = [*plan.checkpoint.code_files]
     if code:
         found.append(

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
 import resource
-import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from hashlib import sha256
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compress import __version__, report, survey
+from compress import report, resume, survey
 from compress.checkpoint import manifest
-from compress.checkpoint.writer import FileRecord, SafetensorsWriter, Stage
-from compress.errors import GateError, Interrupted, UsageError, from_os_error, show
+from compress.checkpoint.destination import check_report_file, refuse_overlap
+from compress.checkpoint.stage import Stage
+from compress.checkpoint.writer import SafetensorsWriter
+from compress.errors import GateError, Interrupted, from_os_error
 from compress.formats.base import MODEL
 from compress.layout import Layout, WeightFile, specs_of
 from compress.parallel import map_tiles
 from compress.plan import Plan
 from compress.recipe import Gate
 from compress.report import Report
+from compress.resume import Finished, State
+from compress.spills import Spill, join
 from compress.tiles import TensorPlan, Tile, cut
 from compress.work import Packed, Sums, work_on
 
 Progress = Callable[[str, int, int], None]
-_STATE = ".resume.json"
-_PARTS = ".parts"
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -56,21 +54,22 @@ def run(plan: Plan, out: Path, options: RunOptions, progress: Progress = silent)
     InputError. On any of them OUT is as it was before.
     """
     started = time.perf_counter()
-    _refuse_inside_source(plan, out)
+    source = plan.checkpoint.path
+    refuse_overlap(source, out)
+    if options.report_file is not None:
+        check_report_file(options.report_file, source, out)
     plan.check_disk(out)
     plan.check_memory()
-    stage = Stage(out, overwrite=options.overwrite, resume=options.resume, fsync=options.fsync)
+    key = resume.resume_key(plan)
+    stage = Stage(out, overwrite=options.overwrite, fsync=options.fsync)
     try:
-        state = _State.load(stage.path, _resume_key(plan))
-    except UsageError:
-        stage.release()  # another plan's stage is not ours to remove
-        raise
-    try:
+        kept = stage.open(key=key, resume=options.resume)
+        state = resume.resume(stage) if kept else State(stage)
         result = _fill(plan, stage, state, options, progress, started)
         stage.publish()
         return result
     except (Interrupted, KeyboardInterrupt):
-        if (stage.path / _STATE).exists():
+        if State.is_in(stage):
             stage.release()  # finished shards stay for --resume
         else:
             stage.abandon()
@@ -86,7 +85,7 @@ def run(plan: Plan, out: Path, options: RunOptions, progress: Progress = silent)
 def _fill(
     plan: Plan,
     stage: Stage,
-    state: _State,
+    state: State,
     options: RunOptions,
     progress: Progress,
     started: float,
@@ -94,17 +93,16 @@ def _fill(
     """Everything between taking the stage and publishing it."""
     plan = survey.decide_all(plan, progress)
     layout = plan.layout()
-    files, rows = _write_shards(plan, layout, stage, state, progress)
+    shards = _write_shards(plan, layout, stage, state, progress)
+    files = {shard.name: one.record for shard, one in zip(layout.shards, shards, strict=True)}
+    rows = [row for one in shards for row in one.rows]
     for part in layout.parts:
-        files[part.name] = _assemble(part, layout, stage)
+        files[part.name] = join(part, [one.shares for one in shards], stage)
     plan.checkpoint.check_unchanged()
     for name, content in layout.small.items():
         files[name] = stage.write_file(name, content)
-    folder = plan.checkpoint.directory or plan.checkpoint.path
     for name in layout.copies:
-        files[name] = stage.copy_file(name, folder / name)
-    shutil.rmtree(stage.path / _PARTS, ignore_errors=True)
-    (stage.path / _STATE).unlink(missing_ok=True)
+        files[name] = stage.copy_file(name, plan.checkpoint.open_sidecar(name))
     seconds = time.perf_counter() - started
     result = report.build(plan, layout, rows, seconds=seconds, peak_memory=peak_memory())
     _check_gates(result, options)
@@ -138,10 +136,10 @@ def _check_gates(result: Report, options: RunOptions) -> None:
 
 
 def _write_shards(
-    plan: Plan, layout: Layout, stage: Stage, state: _State, progress: Progress
-) -> tuple[dict[str, FileRecord], list[dict[str, Any]]]:
-    files: dict[str, FileRecord] = {}
-    rows: list[dict[str, Any]] = []
+    plan: Plan, layout: Layout, stage: Stage, state: State, progress: Progress
+) -> list[Finished]:
+    """Every shard in order, those of an interrupted run as they are."""
+    shards: list[Finished] = []
     total = sum(t.info.nbytes for t in plan.tensors)
     done = 0
     for number, shard in enumerate(layout.shards):
@@ -152,24 +150,21 @@ def _write_shards(
             def show_bytes(own: int, before: int = before) -> None:
                 progress("write", before + own, total)
 
-            record, own_rows = _write_shard(plan, shard, number, stage, show_bytes)
+            finished = _write_shard(plan, shard, number, stage, show_bytes)
             if len(layout.shards) > 1:
-                state.add(stage, shard.name, record, own_rows)
-        else:
-            record, own_rows = finished
-        files[shard.name] = record
-        rows += own_rows
+                state.add(shard.name, finished)
+        shards.append(finished)
         done += sum(t.info.nbytes for t in shard.tensors)
         progress("write", done, total)
-    return files, rows
+    return shards
 
 
 def _write_shard(
     plan: Plan, shard: WeightFile, number: int, stage: Stage, progress: Callable[[int], None]
-) -> tuple[FileRecord, list[dict[str, Any]]]:
+) -> Finished:
     """Stream one shard; arrays for the side files are spilled beside it."""
     writer = SafetensorsWriter(stage, shard.name, shard.header_specs, shard.metadata)
-    spill = _Spill(stage.path / _PARTS, number)
+    spill = Spill(stage, number)
     rows = []
     done = 0
     try:
@@ -188,12 +183,10 @@ def _write_shard(
             done += _source_bytes(tile)
             progress(done)
         rows += current.finish(writer, spill)
-        record = writer.finish()
-        spill.close(stage)
+        return Finished(number, writer.finish(), spill.finish(), rows)
     finally:
         writer.close()
         spill.abort()
-    return record, rows
 
 
 class _Assembly:
@@ -218,6 +211,8 @@ class _Assembly:
             self._sums.add(packed.sums)
         if packed.raw is not None:
             writer.write(packed.raw)
+            if packed.buffer is not None:
+                self._plan.buffers.give(packed.buffer)
             return
         for key, array in packed.arrays.items():
             if key == (MODEL, self._first):
@@ -225,7 +220,7 @@ class _Assembly:
             else:
                 self._waiting[key].append(array)
 
-    def finish(self, writer: SafetensorsWriter, spill: _Spill) -> list[dict[str, Any]]:
+    def finish(self, writer: SafetensorsWriter, spill: Spill) -> list[dict[str, Any]]:
         """Write the arrays that waited; returns the tensor's row of the report."""
         if self.tensor is None:
             return []
@@ -238,112 +233,6 @@ class _Assembly:
         if not self._measured:
             self._sums.nonzeros = self.tensor.info.size
         return [report.row(self._plan, self.tensor, self._sums)]
-
-
-class _Spill:
-    """Raw bytes for the side files (adapter, super weights), one small file a shard and part."""
-
-    def __init__(self, folder: Path, shard: int) -> None:
-        self._folder, self._shard = folder, shard
-        self._open: dict[str, Any] = {}
-
-    def write(self, part: str, data: Any) -> None:
-        if part not in self._open:
-            self._folder.mkdir(exist_ok=True)
-            self._open[part] = open(spill_path(self._folder, part, self._shard), "wb")  # noqa: SIM115
-        self._open[part].write(data)
-
-    def close(self, stage: Stage) -> None:
-        for file in self._open.values():
-            file.flush()
-            stage.sync(file.fileno())
-            file.close()
-        self._open = {}
-
-    def abort(self) -> None:
-        for file in self._open.values():
-            file.close()
-
-
-def spill_path(folder: Path, part: str, shard: int) -> Path:
-    """Where the bytes of a side file wait that one shard's tensors gave."""
-    return folder / f"{part}.{shard}"
-
-
-def _assemble(part: WeightFile, layout: Layout, stage: Stage) -> FileRecord:
-    """Join what the shards spilled into one safetensors file."""
-    writer = SafetensorsWriter(stage, part.name, part.header_specs, part.metadata)
-    try:
-        for number in range(len(layout.shards)):
-            path = spill_path(stage.path / _PARTS, part.part, number)
-            if path.exists():
-                with path.open("rb") as file:
-                    while chunk := file.read(8 << 20):
-                        writer.write(chunk)
-        return writer.finish()
-    finally:
-        writer.close()
-
-
-@dataclass
-class _State:
-    """The finished shards of an interrupted run, kept in the stage."""
-
-    shards: dict[str, tuple[FileRecord, list[dict[str, Any]]]]
-    key: str
-
-    @classmethod
-    def load(cls, folder: Path, key: str) -> _State:
-        """Finished shards whose bytes are still what was written; another plan is refused."""
-        try:
-            body = json.loads((folder / _STATE).read_bytes())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return cls({}, key)
-        if body.get("key") != key:
-            raise UsageError(
-                f"{show(str(folder))} was begun with another model, recipe or version",
-                hint="run without --resume to start afresh",
-            )
-        shards = {}
-        for name, kept in body["shards"].items():
-            record = FileRecord(**kept["record"])
-            path = folder / name
-            intact = path.is_file() and path.stat().st_size == record.nbytes
-            if intact and manifest.hash_file(path) == record.sha256:
-                shards[name] = (record, kept["rows"])
-        return cls(shards, key)
-
-    def add(self, stage: Stage, name: str, record: FileRecord, rows: list[dict[str, Any]]) -> None:
-        """Record a finished shard; written atomically."""
-        self.shards[name] = (record, rows)
-        body: Mapping[str, Any] = {
-            "key": self.key,
-            "shards": {n: {"record": asdict(r), "rows": w} for n, (r, w) in self.shards.items()},
-        }
-        stage.write_file(_STATE, json.dumps(body).encode())
-
-
-def _resume_key(plan: Plan) -> str:
-    """What must be equal for a resumed run to give the same bytes."""
-    what = {
-        "source": plan.checkpoint.fingerprint(),
-        "recipe": plan.recipe.resolved(),
-        "format": plan.format.name,
-        "untouched": plan.options.untouched,
-        "shard_bytes": plan.options.max_shard_bytes,
-        "version": __version__,
-    }
-    return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def _refuse_inside_source(plan: Plan, out: Path) -> None:
-    source = Path(os.path.realpath(plan.checkpoint.path))
-    target = Path(os.path.realpath(out))
-    if target == source or source in target.parents or target in source.parents:
-        raise UsageError(
-            f"output {show(str(out))} and model {show(str(plan.checkpoint.path))} overlap",
-            hint="choose an output directory outside the model's",
-        )
 
 
 def _bytes_of(array: Any) -> memoryview:

@@ -33,10 +33,13 @@ def _sweep(plan: Plan, index: int, progress: Progress) -> Pass:
     chosen = [by_name[i.name] for i in infos if one.surveys(i)]
 
     def work(tile: Tile) -> Any:
-        tensor = read_tile(plan.checkpoint, tile)
+        buffer = plan.buffers.take()
+        tensor = read_tile(plan.checkpoint, tile, buffer)
         for earlier in _before(plan, tile.tensor, index):
             tensor = earlier.apply(tensor)
-        return one.survey(tensor)
+        statistic = one.survey(tensor)
+        plan.buffers.give(buffer)  # a statistic is made of sums, never of the weights themselves
+        return statistic
 
     total = sum(t.info.nbytes for t in chosen)
     done = 0

@@ -247,7 +247,7 @@ class Tensor:
         else:
             matrix = self.source.astype(np.float32)
             if self.mask is not None:
-                matrix = np.where(self.mask, matrix, np.float32(0))
+                matrix = masked(matrix, self.mask)
         if self.factors is not None:
             self.factors.add_to(matrix)
         if self.outliers is not None and self.outliers.rows.size:
@@ -255,3 +255,14 @@ class Tensor:
                 np.float32
             )
         return matrix
+
+
+def masked(matrix: Array, mask: NDArray[np.bool_]) -> Array:
+    """A copy with exact zeros where the mask is False.
+
+    The bits are multiplied as unsigned integers: numpy's `where` takes ten times as long on a
+    random mask, and more on bfloat16.
+    """
+    bits = np.dtype(f"u{matrix.dtype.itemsize}")
+    kept: Array = np.multiply(np.ascontiguousarray(matrix).view(bits), mask, dtype=bits)
+    return kept.view(matrix.dtype)

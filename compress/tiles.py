@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from compress.buffers import Buffer
 from compress.checkpoint import Checkpoint
 from compress.passes.base import Pass, Terms
 from compress.tensor import DTYPES, Role, Tensor, TensorInfo
@@ -68,18 +69,21 @@ def survey_tiles(tensor: TensorPlan, tile_bytes: int = TILE_BYTES) -> list[Tile]
     return [Tile(tensor, a, b, False, 2 * (b - a) * row_bytes) for a, b in bounds]
 
 
-def read_tile(checkpoint: Checkpoint, tile: Tile) -> Tensor:
-    """The source weights of a tile, as a matrix in the source's dtype."""
+def read_tile(checkpoint: Checkpoint, tile: Tile, buffer: Buffer | None = None) -> Tensor:
+    """The source weights of a tile, as a matrix in the source's dtype; in `buffer` if they fit."""
     info = tile.tensor.info
     columns = info.matrix_shape[1]
     dtype = DTYPES[info.dtype]
     if info.role is Role.CONV1D and len(info.shape) == 2:
         return Tensor(info, info.to_matrix(checkpoint.read(info)))
-    source = np.empty((tile.stop - tile.start, columns), dtype)
-    if source.size:
-        flat = source.reshape(-1).view(np.uint8)
+    rows = tile.stop - tile.start
+    nbytes = rows * columns * dtype.itemsize
+    if buffer is None or nbytes > buffer.size:
+        buffer = np.empty(nbytes, np.uint8)
+    flat = buffer[:nbytes]
+    if nbytes:
         checkpoint.read_into(info, tile.start * columns * dtype.itemsize, flat.data)
-    return Tensor(info, source, first_row=tile.start)
+    return Tensor(info, flat.view(dtype).reshape(rows, columns), first_row=tile.start)
 
 
 def _cost(tensor: TensorPlan, rows: int) -> int:

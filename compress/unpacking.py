@@ -7,9 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import manifest
-from compress.checkpoint.writer import FileRecord, SafetensorsWriter, Stage
-from compress.errors import UsageError, from_os_error, show
+from compress.checkpoint import Checkpoint, manifest, open_checkpoint
+from compress.checkpoint.destination import refuse_overlap
+from compress.checkpoint.manifest import FileRecord
+from compress.checkpoint.stage import Stage
+from compress.checkpoint.writer import SafetensorsWriter
+from compress.errors import InputError, UsageError, from_os_error, show
+from compress.formats import OWN_FILES
 from compress.layout import MAX_SHARD_BYTES
 from compress.output import is_compressed, open_output
 from compress.run import Progress, silent
@@ -26,20 +30,23 @@ def unpack_output(
     fsync: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Decode every tensor of `out` into the plain checkpoint `dense`, staged like a run."""
-    if not is_compressed(out):
-        raise UsageError(
-            f"{show(str(out))}: not a compressed output", hint="a plain checkpoint needs no unpack"
-        )
+    """Decode every tensor of `out` into the plain checkpoint `dense`, staged like a run.
+
+    Raises UsageError where `out` is no output of this tool or would be written over.
+    """
     started = time.perf_counter()
-    with open_output(out) as checkpoint:
-        stage = Stage(dense, overwrite=overwrite, resume=False, fsync=fsync)
+    refuse_overlap(out, dense)
+    with _open(out) as checkpoint:
+        stage = Stage(dense, overwrite=overwrite, fsync=fsync)
         try:
+            stage.open()
             files = _write(checkpoint, stage, progress)
+            checkpoint.check_unchanged()
             if checkpoint.config_bytes is not None:
                 files["config.json"] = stage.write_file("config.json", checkpoint.config_bytes)
             for name in checkpoint.sidecars:
-                files[name] = stage.copy_file(name, out / name)
+                if name not in OWN_FILES:
+                    files[name] = stage.copy_file(name, checkpoint.open_sidecar(name))
             body = manifest.build(
                 files,
                 source={"fingerprint": checkpoint.fingerprint()},
@@ -64,7 +71,23 @@ def unpack_output(
     }
 
 
-def _write(checkpoint: Any, stage: Stage, progress: Progress) -> dict[str, FileRecord]:
+def _open(out: Path) -> Checkpoint:
+    """The output as the checkpoint it was made from; a dense one is that already."""
+    if is_compressed(out):
+        return open_output(out)
+    try:
+        dense = manifest.load(out)["format"] == "dense"
+    except InputError:
+        dense = False
+    if not dense:
+        raise UsageError(
+            f"{show(str(out))}: not an output of this tool",
+            hint="a plain checkpoint needs no unpack",
+        )
+    return open_checkpoint(out)
+
+
+def _write(checkpoint: Checkpoint, stage: Stage, progress: Progress) -> dict[str, FileRecord]:
     """The plain weight files, sharded as the hub's own tools do."""
     infos: list[TensorInfo] = checkpoint.infos()
     groups: list[list[TensorInfo]] = [[]]
@@ -84,7 +107,8 @@ def _write(checkpoint: Any, stage: Stage, progress: Progress) -> dict[str, FileR
         names = {i.name for i in group}
         tied = {a: k for a, k in checkpoint.aliases.items() if k in names}
         specs = [(i.name, i.dtype, i.shape) for i in group]
-        writer = SafetensorsWriter(stage, name, specs, {"format": "pt"} | tied)
+        metadata = {"format": "pt"} | checkpoint.foreign_metadata | tied
+        writer = SafetensorsWriter(stage, name, specs, metadata)
         try:
             for info in group:
                 for start in range(0, info.nbytes, _BLOCK):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compress.checkpoint import Checkpoint, manifest
+from compress.checkpoint import Checkpoint, manifest, strict_json
+from compress.checkpoint.files import open_inside
 from compress.errors import InputError, UsageError, VerifyError, show
 from compress.output import open_any
 from compress.tensor import TensorInfo
+
+_REPORT = "report.json"
+_MAX_REPORT = 1 << 30
+_BLOCK = 64 << 20
 
 
 def verify_output(
@@ -25,8 +30,8 @@ def verify_output(
         raise UsageError(f"{show(str(out))}: not a directory", hint="verify takes an output of run")
     body = manifest.read(out)
     nbytes = manifest.verify_files(out, body)
-    changed = _changed(out)
     try:
+        changed = _changed(out)
         with open_any(out) as checkpoint:
             infos = checkpoint.infos()
             for info in infos:
@@ -50,24 +55,40 @@ def verify_output(
 
 
 def _changed(out: Path) -> frozenset[str]:
-    """The tensors that passes worked on, as the (already verified) report lists them."""
-    path = out / "report.json"
-    if not path.is_file():
+    """The tensors that passes worked on, as the (already hashed) report lists them.
+
+    Raises InputError for a report that does not say so.
+    """
+    if not os.path.lexists(out / _REPORT):
         return frozenset()  # an unpacked checkpoint: nothing was changed on the way
-    rows = json.loads(path.read_bytes())["tensors"]
-    return frozenset(row["name"] for row in rows if row["passes"])
+    file = open_inside(os.path.realpath(out), _REPORT)
+    try:
+        body = strict_json.loads(file.read_all(_MAX_REPORT), _REPORT)
+    finally:
+        file.close()
+    rows = body.get("tensors") if isinstance(body, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{_REPORT}: no list of tensors")
+    names = [row.get("name") for row in rows if row.get("changed")]
+    return frozenset(name for name in names if isinstance(name, str))
 
 
 def _check_finite(checkpoint: Checkpoint, info: TensorInfo, changed: frozenset[str]) -> None:
     """A tensor that was changed must decode to finite values; untouched ones may hold anything."""
     if not info.is_float or info.name not in changed:
         return
-    values = checkpoint.read(info).astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        raise VerifyError(
-            f"tensor {show(info.name)}: decodes to {values.flat[bad[0]]} at flat index {bad[0]}"
-        )
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, rows * _BLOCK // max(1, info.nbytes))
+    width = info.size // max(1, rows)
+    for start in range(0, rows, step):
+        block = checkpoint.read(info, start, min(rows, start + step)).reshape(-1)
+        wide = block if info.dtype == "F64" else block.astype(np.float32, copy=False)
+        bad = np.flatnonzero(~np.isfinite(wide))
+        if bad.size:
+            raise VerifyError(
+                f"tensor {show(info.name)}: decodes to {block[bad[0]]} at flat index"
+                f" {start * width + bad[0]}"
+            )
 
 
 def _compare_untouched(
@@ -80,14 +101,22 @@ def _compare_untouched(
         other = by_name.pop(info.name, None)
         if other is None:
             raise VerifyError(f"tensor {show(info.name)}: not in the source")
-        if info.name in changed or info.dtype != other.dtype:
+        rounded = info.name in checkpoint.rounded or info.dtype != other.dtype
+        if info.name in changed or rounded:
             continue
-        if info.shape != other.shape or not np.array_equal(
-            checkpoint.read(info).reshape(-1).view(np.uint8),
-            original.read(other).reshape(-1).view(np.uint8),
-        ):
+        if info.shape != other.shape or not _equal(checkpoint, original, info):
             raise VerifyError(f"tensor {show(info.name)}: untouched, but not equal to the source's")
         count += 1
     if by_name:
         raise VerifyError(f"tensor {show(next(iter(by_name)))}: in the source, missing here")
     return count
+
+
+def _equal(one: Checkpoint, other: Checkpoint, info: TensorInfo) -> bool:
+    """Whether both hold the same bytes, a block at a time."""
+    for start in range(0, info.nbytes, _BLOCK):
+        stop = min(info.nbytes, start + _BLOCK)
+        mine, theirs = one.read_bytes(info, start, stop), other.read_bytes(info, start, stop)
+        if not np.array_equal(np.frombuffer(mine, np.uint8), np.frombuffer(theirs, np.uint8)):
+            return False
+    return True

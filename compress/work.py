@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from compress import formats, kernels
+from compress.buffers import Buffer
 from compress.checkpoint.writer import nbytes_of
 from compress.errors import InputError, show
 from compress.formats.arrays import plain
@@ -52,11 +53,15 @@ class Sums:
 
 @dataclass
 class Packed:
-    """A finished tile: its arrays by (part, name), or raw bytes; and what was measured."""
+    """A finished tile: its arrays by (part, name), or raw bytes; and what was measured.
+
+    `buffer` goes back to the plan's pool once `raw` is written.
+    """
 
     arrays: Named
-    raw: Any = None
+    raw: Buffer | None = None
     sums: Sums | None = None
+    buffer: Buffer | None = None
 
 
 def work_on(plan: Plan, tile: Tile) -> Packed:
@@ -65,11 +70,13 @@ def work_on(plan: Plan, tile: Tile) -> Packed:
     if tile.raw:
         return _untouched(plan, tile)
     terms = tile.tensor.terms
-    tensor = read_tile(plan.checkpoint, tile)
+    buffer = plan.buffers.take()
+    tensor = read_tile(plan.checkpoint, tile, buffer)
     for one in plan.bound(tile.tensor):
         tensor = one.apply(tensor)
     if terms.changed:
-        sums = _measure(tensor, rounded=plan.format.name == "dense")
+        recoded = tensor.codes is not None or tensor.factors is not None
+        sums = _measure(tensor, rounded=recoded and plan.format.name == "dense")
         arrays = plan.format.pack(tensor, terms)
         _compare_with_plain(plan, tile, tensor, sums)
     else:  # super weights alone: the tensor goes as it is, its exact entries beside it
@@ -78,6 +85,11 @@ def work_on(plan: Plan, tile: Tile) -> Packed:
         if tile.tensor.cast is not None:
             values = _cast(values, tile, sums)
         arrays = {(MODEL, tensor.info.name): values} | formats.pack_super_weights(tensor)
+    arrays = {
+        key: array.copy() if np.may_share_memory(array, buffer) else array
+        for key, array in arrays.items()
+    }
+    plan.buffers.give(buffer)
     sums.seconds = time.perf_counter() - started
     return Packed(arrays, sums=sums)
 
@@ -85,13 +97,15 @@ def work_on(plan: Plan, tile: Tile) -> Packed:
 def _untouched(plan: Plan, tile: Tile) -> Packed:
     """A range of bytes as it is, or as another float dtype."""
     info = tile.tensor.info
-    buffer = np.empty(tile.stop - tile.start, np.uint8)
-    if buffer.size:
-        plan.checkpoint.read_into(info, tile.start, buffer.data)
+    buffer = plan.buffers.take()
+    raw = buffer[: tile.stop - tile.start]
+    if raw.size:
+        plan.checkpoint.read_into(info, tile.start, raw.data)
     if tile.tensor.cast is None:
-        return Packed({}, raw=buffer)
-    sums = Sums(nonzeros=buffer.size // DTYPES[info.dtype].itemsize)
-    narrow = _cast(buffer.view(DTYPES[info.dtype]), tile, sums)
+        return Packed({}, raw=raw, buffer=buffer)
+    sums = Sums(nonzeros=raw.size // DTYPES[info.dtype].itemsize)
+    narrow = _cast(raw.view(DTYPES[info.dtype]), tile, sums)
+    plan.buffers.give(buffer)
     return Packed({}, raw=narrow.view(np.uint8), sums=sums)
 
 

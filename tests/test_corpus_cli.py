@@ -1,4 +1,4 @@
-"""Every malformed and valid file of the corpus, through the command line: outcome, code, silence."""
+"""Every file of the corpus through the command line: outcome, exit code, one line, no trace."""
 
 from __future__ import annotations
 

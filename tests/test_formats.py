@@ -351,6 +351,27 @@ def test_dense_does_not_round_a_pruned_float64() -> None:
     assert np.array_equal(back.source, np.where(np.eye(4), tensor.source, 0))
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_exact_entries_of_float64_are_exact(rank: int) -> None:
+    info = make_info((8, 16), "F64")
+    spec = CodesSpec(4, 8, True, "F16")
+    rows, columns = np.array([1, 6]), np.array([3, 15])
+    source = make_source(info)
+    tensor = Tensor(
+        info,
+        source,
+        codes=quantize(info, spec)[1],
+        outliers=Outliers(rows, columns, source[rows, columns]),
+    )
+    terms = Terms(codes=spec, rank=rank, outliers=exact(2), outlier_columns=exact(2))
+    if rank:
+        factors, tag = draw_factors("F16", info, np.random.default_rng(0))
+        tensor, terms = tensor.with_(factors=factors), dataclasses.replace(terms, factor_dtype=tag)
+    for fmt in (NATIVE, DENSE):
+        back, _ = pack_and_unpack(fmt, tensor, terms)
+        assert plain(back)[rows, columns].tobytes() == source[rows, columns].tobytes()
+
+
 def test_dense_keeps_finite_values_finite() -> None:
     info = make_info((1, 2), "F16")
     codes = Codes(np.array([[255, 0]], np.uint8), np.array([[600]], np.float32), None, 8, 2)
@@ -418,6 +439,7 @@ REFUSED: list[tuple[dict[str, Any], Terms, str]] = [
     ({}, Terms(codes=CodesSpec(4, 5, True, "F16")), "divide"),
     ({}, Terms(codes=CodesSpec(4, 4, True, "F16"), rank=2, factor_dtype="I8"), "I8"),
     ({"role": Role.EMBEDDING}, Terms(codes=CodesSpec(8, 8, True, "F16"), rank=2), "low-rank"),
+    ({"name": "model.experts.down"}, Terms(nonzeros=(9, 9), rank=2), ".weight"),
 ]
 
 
@@ -484,6 +506,24 @@ def test_engine_refuses_codes_of_a_tied_embedding(
     changed = {"model.embed_tokens.weight": Terms(codes=CodesSpec(8, 16, True, "F16"))}
     reason = ENGINE.refuses_model(changed, infos, config)
     assert (reason is None) == held, reason
+
+
+@pytest.mark.parametrize("terms", [Terms(codes=CodesSpec(4, 16, True, "F16")), Terms(rank=2)])
+def test_engine_refuses_to_lose_the_other_name_of_a_tied_weight(terms: Terms) -> None:
+    infos = llama_infos(1)
+    config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"]}
+    changed = {i.name: terms for i in infos if i.role is Role.LINEAR}
+    last = infos[4].name
+    aliases = {"model.layers.9.mlp.up_proj.weight": last}
+    assert formats.refusal(ENGINE, changed, infos, config) is None
+    reason = formats.refusal(ENGINE, changed, infos, config, aliases=aliases)
+    assert reason is not None and last in reason and "layers.9" in reason
+    for fmt in (NATIVE, DENSE):
+        assert formats.refusal(fmt, changed, infos, config, aliases=aliases) is None
+    pruned = changed | {last: Terms(nonzeros=(9, 9))}  # stored under its own name
+    assert formats.refusal(ENGINE, pruned, infos, config, aliases=aliases) is None
+    if terms.codes is not None:
+        assert formats.choose(changed, infos, config, aliases=aliases)[0] is NATIVE
 
 
 def test_auto_says_why() -> None:
@@ -626,6 +666,25 @@ def test_adapter_config_ranks() -> None:
     assert peft.config([Entry(infos[0], Terms(codes=codes))]) is None
 
 
+def test_notes_say_how_to_load_the_adapter() -> None:
+    infos = [make_info((8, 1024), name=f"model.layers.{i}.fc.weight") for i in range(3)]
+    codes = CodesSpec(4, 8, True, "F16")
+    super_weights = Terms(codes=codes, rank=16, outliers=exact(3), outlier_columns=exact(2))
+    lines = ENGINE.notes([Terms(), Terms(codes=codes), super_weights], infos)
+    assert lines[0] == "adapter: rank up to 18; vLLM: --enable-lora --max-lora-rank 32"
+    assert "forward pass" in lines[1] and "PeftModel" in lines[1] and len(lines) == 2
+    assert ENGINE.notes([Terms(), Terms(codes=codes), Terms(nonzeros=(1, 1))], infos) == []
+    assert len(ENGINE.notes([Terms(), Terms(), Terms(nonzeros=(1, 1), rank=2)], infos)) == 1
+    (line,) = ENGINE.notes([Terms(), Terms(), Terms(nonzeros=(1, 1), rank=600)], infos)
+    assert "600" in line and "512" in line
+    assert NATIVE.notes([super_weights], infos[:1]) == []
+
+
+def test_only_the_engines_base_stands_alone() -> None:
+    assert ENGINE.base_stands_alone
+    assert not NATIVE.base_stands_alone and not DENSE.base_stands_alone
+
+
 # -- metadata --------------------------------------------------------------------------------
 
 
@@ -644,14 +703,27 @@ def test_metadata_round_trip_is_canonical() -> None:
     encoded = metadata.encode("native", entries)
     assert encoded["format"] == "pt"
     assert encoded == metadata.encode("native", entries[::-1])
-    name, found = metadata.decode(encoded)
-    assert name == "native"
-    by_name = {e.info.name: e for e in found}
+    record = metadata.decode(encoded)
+    assert record.format == "native"
+    by_name = {e.info.name: e for e in record.entries}
     for entry in entries:
         back = by_name[entry.info.name]
         assert back.terms == entry.terms
         assert back.info == dataclasses.replace(entry.info, file="")
     assert metadata.encode("dense", entries) == {"format": "pt"}
+
+
+def test_metadata_carries_what_others_wrote() -> None:
+    theirs = {"format": "tf", "title": "t", "compress": "not ours"}
+    cast = {"norm.weight": "F32"}
+    found = metadata.encode("native", [], source_metadata=theirs, cast=cast)
+    assert found["title"] == "t" and found["format"] == "pt"
+    record = metadata.decode(found)
+    assert record.source_metadata == {"format": "tf"} and record.cast == cast
+    assert record.entries == ()
+    assert metadata.encode("dense", [], source_metadata=theirs) == {"format": "tf", "title": "t"}
+    plain = metadata.encode("native", [], source_metadata={"format": "pt"}, cast={})
+    assert plain == metadata.encode("native", [])
 
 
 GOOD: dict[str, Any] = {
@@ -689,6 +761,12 @@ def test_metadata_refuses(change: dict[str, Any]) -> None:
         '{"version":1,"format":"native","tensors":[]}',
         '{"version":1,"format":"native","tensors":{"a":3}}',
         '{"version":1,"format":"native","tensors":{},"more":1}',
+        '{"version":1,"format":"native","tensors":{},"cast":[]}',
+        '{"version":1,"format":"native","tensors":{},"cast":{"a":"I64"}}',
+        '{"version":1,"format":"native","tensors":{},"cast":{"a":3}}',
+        '{"version":1,"format":"native","tensors":{},"source_metadata":"x"}',
+        '{"version":1,"format":"native","tensors":{},"source_metadata":{"a":1}}',
+        '{"version":1,"format":"native","tensors":{},"source_metadata":{"compress":"{}"}}',
         '{"version":1,"version":1,"format":"native","tensors":{}}',
     ],
 )  # fmt: skip

@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from toolbox import tool_json
 
 from compress import formats, kernels
 from compress.checkpoint import open_checkpoint
@@ -278,6 +279,29 @@ def test_adapter_restores_factors_and_super_weights(
     tolerance = 2e-2 if dequantize else 1e-4
     found = run(peft.PeftModel.from_pretrained(model, out / Path(PART_FILES[ADAPTER]).parent))
     assert np.abs(found - expected).max() <= tolerance
+
+
+def test_a_run_with_super_weights_serves_them_with_and_without_the_adapter(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """The base alone is no worse than plain codes; the adapter makes the super weights exact."""
+    peft = pytest.importorskip("peft")
+    auto = transformers.AutoModelForCausalLM
+    out, plain_out = tmp_path / "out", tmp_path / "plain"
+    tool_json("run", tiny, "-o", out, "super-weights", "quantize:bits=4,group=32")
+    tool_json("run", tiny, "-o", plain_out, "quantize:bits=4,group=32")
+    base = loaded(out, auto)
+    assert np.array_equal(run(base), run(loaded(plain_out, auto)))
+    adapted_model = peft.PeftModel.from_pretrained(base, out / "adapter")
+    with open_any(out) as checkpoint:
+        decoded = {i.name: checkpoint.tensor(i.name).decode() for i in checkpoint.infos()}
+        decoded = {n: v.reshape(checkpoint.info(n).shape) for n, v in decoded.items()}
+        places = checkpoint.tensor("model.layers.1.mlp.down_proj.weight").outliers
+    assert places is not None and places.rows.tolist() == [69, 206]
+    merged = adapted_model.merge_and_unload().state_dict()
+    found = merged["model.layers.1.mlp.down_proj.weight"].numpy()[places.rows, places.columns]
+    assert found == pytest.approx(places.values.astype(np.float32), rel=1e-6)
+    assert np.abs(run(adapted_model) - reference(tiny, decoded, auto)).max() <= 1e-4
 
 
 def test_ranks_of_layers_1_and_11_are_told_apart(tmp_path: Path) -> None:

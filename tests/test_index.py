@@ -137,6 +137,48 @@ def test_sidecars_are_what_belongs_to_the_model(tmp_path: Path) -> None:
         assert any("link.json" in warning for warning in checkpoint.warnings)
 
 
+def test_what_is_left_behind_is_named(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "config.json").write_text("{}")
+    model = tmp_path / "model"
+    write_sharded(model)
+    (model / "1_Pooling").symlink_to(elsewhere, target_is_directory=True)
+    (model / "loop").symlink_to(model, target_is_directory=True)
+    (model / ".hidden").symlink_to(elsewhere, target_is_directory=True)
+    (model / "sub").mkdir()
+    for name in ("vocab.bin", "sub/table.pt", "training_args.bin", "old.bin.index.json"):
+        (model / name).write_text("{}")
+    with open_checkpoint(model) as checkpoint:
+        assert checkpoint.sidecars == []
+        warnings = checkpoint.warnings
+    assert len(warnings) == 3, warnings
+    assert any("1_Pooling" in w and "link" in w for w in warnings)
+    assert any("loop" in w for w in warnings)
+    assert any("vocab.bin" in w and "sub/table.pt" in w for w in warnings)
+
+
+def test_a_weight_file_beside_the_checkpoint_is_named_once(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "other.safetensors"):
+        write_safetensors(tmp_path / name, {"w": ("F32", [1], ONE)})
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert sum("other.safetensors" in w for w in checkpoint.warnings) == 1
+
+
+def test_metadata_of_others_is_told_from_aliases(tmp_path: Path) -> None:
+    notes = {"format": "tf", "title": "t", "tied": "w"}
+    path = write_safetensors(tmp_path / "model.safetensors", {"w": ("F32", [1], ONE)}, notes)
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.aliases == {"tied": "w"}
+        assert checkpoint.foreign_metadata == {"format": "tf", "title": "t"}
+    path.unlink()
+    write_safetensors(path, {"w": ("F32", [1], ONE)}, notes | {"compress": "{}"})
+    with pytest.raises(InputError, match="already compressed"):
+        open_checkpoint(path)
+    with open_checkpoint(path, allow_quantized=True) as checkpoint:
+        assert "compress" not in checkpoint.foreign_metadata
+
+
 def test_config_is_kept_and_gives_roles(tmp_path: Path) -> None:
     text = '{"vocab_size": 8, "hidden_size": 4, "auto_map": {"AutoModel": "evil.Model"}}'
     (tmp_path / "config.json").write_text(text)

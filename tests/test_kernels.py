@@ -109,7 +109,8 @@ def test_plain_symmetric_is_the_formula(bits: int, scale_dtype: str) -> None:
             divisor = np.float32(1.5 if bits == 2 else half - 1)
             scale = (np.abs(group).max() / divisor).astype(kernels.SCALE_DTYPES[scale_dtype])
             assert got.scale[row, g] == scale
-            codes = np.clip(np.rint(group / np.float32(scale)), -half, half - 1) + half
+            inverse = np.float32(1) / np.float32(scale)
+            codes = np.clip(np.rint(group * inverse), -half, half - 1) + half
             np.testing.assert_array_equal(got.codes[row, 32 * g : 32 * g + 32], codes)
 
 
@@ -127,8 +128,35 @@ def test_plain_asymmetric_is_the_formula(bits: int) -> None:
             zero = np.clip(np.rint(-low / scale), 0, top)
             assert got.scale[row, g] == np.float16(scale)
             assert got.zero_point[row, g] == zero
-            codes = np.clip(np.rint(group / scale) + zero, 0, top)
+            codes = np.clip(np.rint(group * (np.float32(1) / scale)) + zero, 0, top)
             np.testing.assert_array_equal(got.codes[row, 32 * g : 32 * g + 32], codes)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("scale_dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-3, 1.0, 1e4, 3.3e38])
+def test_weights_in_range_decode_to_half_a_scale(
+    bits: int, scale_dtype: str, magnitude: float
+) -> None:
+    """Also where the reciprocal of the scale is subnormal, and for weights between two codes."""
+    if magnitude > 1e5 and scale_dtype == "F16":
+        magnitude = 65504.0
+    rng = np.random.default_rng(bits)
+    for symmetric in (True, False):
+        w = rng.uniform(-1, 1, (64, 96)).astype(np.float32)
+        w[1:] = np.round(w[1:] * (1 << bits)) / np.float32(1 << bits)
+        w *= np.float32(magnitude if symmetric else magnitude / 2)
+        w[::5] = w[::5].astype(BF16).astype(np.float32)
+        for search in ("none", "mse"):
+            got = quantize(
+                w, bits=bits, scale_dtype=scale_dtype, symmetric=symmetric, search=search
+            )
+            assert got.status == -1
+            inside = (got.codes > 0) & (got.codes < (1 << bits) - 1)
+            scale = np.abs(got.scale.astype(np.float64)).repeat(32, axis=1)
+            with np.errstate(over="ignore"):  # 2 bits: the code -2 may lie beyond float32
+                error = np.abs(w.astype(np.float64) - got.decode())
+            assert (error <= scale / 2 * (1 + 2.0**-10))[inside].all()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

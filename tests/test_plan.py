@@ -1,4 +1,4 @@
-"""The plan and the edges of the work: casts, empty tensors, odd shapes, what is counted as changed."""
+"""The plan and the edges of the work: casts, empty tensors, odd shapes, what counts as changed."""
 
 from __future__ import annotations
 

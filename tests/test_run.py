@@ -107,11 +107,14 @@ def test_integers_and_untouched_floats_pass_through(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     tool_json("run", model, "-o", out, "quantize:bits=4,group=32", "--untouched", "bf16")
+    from compress.checkpoint import open_checkpoint
     from compress.output import open_any
 
     with open_any(out) as checkpoint:
         assert np.array_equal(checkpoint.read(checkpoint.info("position_ids")), ids)
-        assert checkpoint.info("norm.weight").dtype == "BF16"
+        assert checkpoint.info("norm.weight").dtype == "F32"  # unpack restores the source's dtype
+    with open_checkpoint(out / "model.safetensors", allow_quantized=True) as stored:
+        assert stored.info("norm.weight").dtype == "BF16"
 
 
 def test_threads_and_environment_do_not_change_a_byte(tmp_path: Path) -> None:

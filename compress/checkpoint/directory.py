@@ -138,12 +138,11 @@ def find_sidecars(directory: str, used: set[str]) -> Sidecars:
 
     for folder, folders, files in os.walk(directory, onerror=note_error, followlinks=False):
         relative_folder = os.path.relpath(folder, directory)
-        folders[:] = sorted(
-            name
-            for name in folders
-            if not name.startswith(".") and name != "__pycache__"
-            and not os.path.islink(os.path.join(folder, name))
-        )  # fmt: skip
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n != "__pycache__")
+        for name in [n for n in folders if os.path.islink(os.path.join(folder, n))]:
+            folders.remove(name)  # it may lead anywhere, also back to where the walk began
+            relative = os.path.normpath(os.path.join(relative_folder, name))
+            result.warnings.append(f"{show(relative)}: a link to a folder, not copied")
         for name in sorted(files):
             relative = os.path.normpath(os.path.join(relative_folder, name))
             if name.startswith(".") or relative in used:
@@ -151,10 +150,10 @@ def find_sidecars(directory: str, used: set[str]) -> Sidecars:
             if any(fnmatch(name, pattern) for pattern in _WEIGHTS):
                 # A module of a sentence-transformers model (a Dense layer on top) is not part
                 # of the checkpoint proper, but the model is broken without it.
-                if relative_folder not in modules:
-                    continue
-                if not name.endswith(".safetensors"):
-                    left.append(relative)
+                is_module = relative_folder in modules
+                if not is_module or not name.endswith(".safetensors"):
+                    if is_module or _is_worth_a_word(relative, used):
+                        left.append(relative)
                     continue
             if not _is_copyable(directory, relative):
                 result.warnings.append(f"{show(relative)}: not a regular file inside, not copied")
@@ -168,8 +167,19 @@ def find_sidecars(directory: str, used: set[str]) -> Sidecars:
                     hint="is this the checkpoint's own directory?",
                 )
     if left:
-        result.warnings.append(f"weights of modules, not copied: {_listed(left)}")
+        result.warnings.append(f"not copied, for their names are those of weights: {_listed(left)}")
     return result
+
+
+def _is_worth_a_word(relative: str, used: set[str]) -> bool:
+    """Whether a file that looks like weights is left behind and nothing else says so.
+
+    Not an index, what a training run left, or what `find_weights` and `check_strays` mention.
+    """
+    folder, name = os.path.split(relative)
+    if name.endswith(INDEX_SUFFIX) or any(fnmatch(name, p) for p in _TRAINING_STATE):
+        return False
+    return bool(folder) or os.path.splitext(name)[1] not in {os.path.splitext(u)[1] for u in used}
 
 
 def _names(directory: str, shown: str) -> list[str]:

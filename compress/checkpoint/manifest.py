@@ -5,18 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.checkpoint.writer import FileRecord
-from compress.errors import VerifyError, show
+from compress.checkpoint import strict_json
+from compress.checkpoint.files import open_inside, read_error, resolve_inside
+from compress.errors import InputError, VerifyError, show
 
 NAME = "manifest.json"
 VERSION = 1
-# Written after the manifest's own bytes are fixed, or different on every run.
-_OUTSIDE = ("manifest.json",)
+TOOL = "compress-checkpoints"
+_MAX_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What is kept of a file."""
+
+    nbytes: int
+    sha256: str
 
 
 def build(
@@ -30,82 +41,127 @@ def build(
     """The manifest's bytes. Everything but `run` and `digest` is the same on every run."""
     body = {
         "manifest_version": VERSION,
-        "tool": {"name": "compress-checkpoints", "version": __version__},
+        "tool": {"name": TOOL, "version": __version__},
         "format": format_name,
         "source": dict(source),
         "recipe": dict(recipe),
         "files": {n: {"bytes": r.nbytes, "sha256": r.sha256} for n, r in sorted(files.items())},
         "run": dict(run),
     }
-    return (json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n").encode()
+    return (json.dumps(body | {"digest": digest_of(body)}, indent=1) + "\n").encode()
+
+
+def load(directory: Path) -> dict[str, Any]:
+    """The manifest in `directory` with every field that is used of the right type.
+
+    Raises InputError, also where there is none; its digest is not looked at.
+    """
+    file = open_inside(os.path.realpath(directory), NAME)
+    try:
+        raw = file.read_all(_MAX_BYTES)
+    finally:
+        file.close()
+    body = strict_json.loads(raw, NAME)
+    if not isinstance(body, dict) or body.get("manifest_version") != VERSION:
+        raise InputError(f"{NAME}: not a manifest of version {VERSION}")
+    tool = body.get("tool")
+    if not isinstance(tool, dict) or tool.get("name") != TOOL:
+        raise InputError(f"{NAME}: not a manifest of {TOOL}")
+    if not isinstance(body.get("format"), str) or not isinstance(body.get("files"), dict):
+        raise InputError(f"{NAME}: no format or no list of files")
+    for name, record in body["files"].items():
+        if read_record(record) is None:
+            raise InputError(f"{NAME}: no size and SHA-256 of {show(name)}")
+    return body
 
 
 def read(directory: Path) -> dict[str, Any]:
     """The manifest of an output, its self-digest checked. Raises VerifyError."""
-    from compress.checkpoint.strict_json import loads
-
-    path = directory / NAME
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError as error:
+    if not os.path.lexists(directory / NAME):
         raise VerifyError(
             f"{show(str(directory))}: no {NAME}", hint="verify works on outputs of this tool"
-        ) from error
-    from compress.errors import InputError
-
+        )
     try:
-        body = loads(raw, NAME)
+        body = load(directory)
     except InputError as error:
-        raise VerifyError(f"{NAME}: {error.message}") from error
-    if not isinstance(body, dict) or body.get("manifest_version") != VERSION:
-        raise VerifyError(f"{NAME}: not a manifest of version {VERSION}")
+        raise VerifyError(error.message, hint=error.hint) from error
     digest = body.pop("digest", None)
-    if digest != _digest(body) or not isinstance(body.get("files"), dict):
+    if digest != digest_of(body):
         raise VerifyError(f"{NAME}: its own digest does not match: the manifest was changed")
     return body
 
 
 def verify_files(directory: Path, body: Mapping[str, Any]) -> int:
     """Re-hash every file against the manifest; returns the bytes read. Raises VerifyError."""
-    listed: Mapping[str, Any] = body["files"]
-    present = set(_files_of(directory)) - set(_OUTSIDE)
+    listed = {name: read_record(record) for name, record in body["files"].items()}
+    present = set()
+    for name, status in entries_of(directory):
+        if not stat.S_ISREG(status.st_mode):
+            raise VerifyError(f"{show(name)}: a link or a special file, not a regular file")
+        present.add(name)
+    present.discard(NAME)
     if missing := sorted(set(listed) - present):
         raise VerifyError(f"{show(missing[0])}: missing ({len(missing)} file(s) in all)")
     if extra := sorted(present - set(listed)):
         raise VerifyError(f"{show(extra[0])}: not in the manifest ({len(extra)} file(s) in all)")
     total = 0
-    for name, record in listed.items():
-        path = directory / name
-        nbytes = path.stat().st_size
-        if nbytes != record["bytes"]:
-            raise VerifyError(f"{show(name)}: {nbytes} bytes, the manifest says {record['bytes']}")
-        if hash_file(path) != record["sha256"]:
+    for name, expected in listed.items():
+        try:
+            found = record_of(directory, name)
+        except InputError as error:
+            raise VerifyError(error.message) from error
+        if expected is None or found.nbytes != expected.nbytes:
+            said = expected.nbytes if expected else "nothing"
+            raise VerifyError(f"{show(name)}: {found.nbytes} bytes, the manifest says {said}")
+        if found.sha256 != expected.sha256:
             raise VerifyError(f"{show(name)}: its SHA-256 differs from the manifest's")
-        total += nbytes
+        total += found.nbytes
     return total
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return _file_digest(file)
+def record_of(directory: Path, relative: str) -> FileRecord:
+    """Size and SHA-256 of a regular file, with no link on the way. Raises InputError."""
+    real = os.path.realpath(directory)
+    if resolve_inside(real, relative) != os.path.join(real, relative):
+        raise InputError(f"{show(relative)}: a symbolic link")
+    file = open_inside(real, relative)
+    try:
+        digest = hashlib.sha256()
+        file.update(digest)
+        return FileRecord(file.size, digest.hexdigest())
+    finally:
+        file.close()
 
 
-def _file_digest(file: Any) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(8 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+def read_record(record: object) -> FileRecord | None:
+    """A record as the manifest spells it, None for anything else."""
+    if not isinstance(record, dict):
+        return None
+    nbytes, sha256 = record.get("bytes"), record.get("sha256")
+    if type(nbytes) is not int or nbytes < 0 or not isinstance(sha256, str):
+        return None
+    return FileRecord(nbytes, sha256)
 
 
-def _files_of(directory: Path) -> list[str]:
-    found = []
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            found.append(os.path.relpath(os.path.join(folder, name), directory))
-    return found
+def entries_of(directory: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """(relative path, status of the entry itself) of everything below but real directories."""
+    todo = [""]
+    while todo:
+        prefix = todo.pop()
+        try:
+            with os.scandir(os.path.join(directory, prefix)) as entries:
+                for entry in entries:
+                    name = os.path.join(prefix, entry.name)
+                    status = entry.stat(follow_symlinks=False)
+                    if stat.S_ISDIR(status.st_mode):
+                        todo.append(name)
+                    else:
+                        yield name, status
+        except OSError as error:
+            raise read_error(error, os.path.join(str(directory), prefix)) from None
 
 
-def _digest(body: Mapping[str, Any]) -> str:
+def digest_of(body: Any) -> str:
+    """SHA-256 over the canonical JSON of `body`."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

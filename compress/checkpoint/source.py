@@ -30,7 +30,14 @@ from compress.errors import InputError, UsageError, show
 from compress.roles import assign_roles, refuse_quantized
 from compress.tensor import DTYPES, Array, TensorInfo
 
-_METADATA_WORDS = frozenset({"format"})  # keys of __metadata__ that are never an alias
+# The entry of `__metadata__` under which this tool records the tensors that it changed. It stands
+# here, below the formats that write it, because whoever opens a checkpoint has to know it.
+RECORD_KEY = "compress"
+_METADATA_WORDS = frozenset({"format", RECORD_KEY})  # keys of __metadata__ that are never an alias
+
+
+class AlreadyCompressed(InputError):
+    """The weights are an output of this tool, which holds codes and no plain tensors."""
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Checkpoint:
     config        config.json, parsed strictly; config_bytes are the bytes it was read from
     metadata      merged `__metadata__` of the weight files
     aliases       tied tensors: name that is not stored -> name that is
+    rounded       tensors that `--untouched` stored in another dtype: name -> the stored dtype
     sidecars      relative paths of other files that belong to the model
     code_files    those among them that hold code, and `config.json:KEY` for keys that name code
     warnings      what the user should know, safe to print
@@ -71,6 +79,7 @@ class Checkpoint:
         self.config_bytes: bytes | None = None
         self.metadata: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
+        self.rounded: dict[str, str] = {}
         self.sidecars: list[str] = []
         self.code_files: list[str] = []
         self.warnings: list[str] = []
@@ -88,6 +97,15 @@ class Checkpoint:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def foreign_metadata(self) -> dict[str, str]:
+        """What others wrote into `__metadata__`, to be carried along: no record and no alias."""
+        return {
+            key: value
+            for key, value in self.metadata.items()
+            if key != RECORD_KEY and key not in self.aliases
+        }
 
     def infos(self) -> list[TensorInfo]:
         """Every tensor, by (file, offset), from headers alone, with its role."""
@@ -227,7 +245,8 @@ def open_checkpoint(
 
     allow_pickle     read PyTorch files too, in a child process with limits
     allow_quantized  take weights that are already quantized (our own output)
-    Raises UsageError if nothing is there, InputError for malformed content.
+    Raises UsageError if nothing is there, InputError for malformed content, and of that kind
+    AlreadyCompressed for an output of this tool.
     """
     with _collector_paused():
         return _open(Path(path), allow_pickle, allow_quantized)
@@ -258,6 +277,8 @@ def _open(path: Path, allow_pickle: bool, allow_quantized: bool) -> Checkpoint:
             directory = ""
             warnings = []
             shards[path.name] = _open_shard(open_typed(path), allow_pickle)
+        if not allow_quantized:
+            _refuse_own_output(shards, str(path))
         checkpoint = Checkpoint(path, Path(directory) if directory else None, shards)
         checkpoint.warnings.extend(warnings)
         if directory:
@@ -270,6 +291,15 @@ def _open(path: Path, allow_pickle: bool, allow_quantized: bool) -> Checkpoint:
             raise read_error(error, str(path)) from None
         raise
     return checkpoint
+
+
+def _refuse_own_output(shards: dict[str, _Shard], shown: str) -> None:
+    """Raises AlreadyCompressed: read as plain weights, an output would lose its record."""
+    if any(RECORD_KEY in shard.header.metadata for shard in shards.values()):
+        raise AlreadyCompressed(
+            f"{show(shown)}: is already compressed by this tool",
+            hint="unpack it first: compress unpack OUT -o DENSE",
+        )
 
 
 def _open_directory(

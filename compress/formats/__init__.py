@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.checkpoint import manifest
+from compress.checkpoint.writer import nbytes_of
 from compress.errors import UsageError, show
 from compress.formats.arrays import pack_super_weights, super_weight_layout
-from compress.formats.base import Format
+from compress.formats.base import ArraySpec, Entry, Format
 from compress.formats.compressed_tensors import CompressedTensors
 from compress.formats.dense import Dense
 from compress.formats.native import Native
@@ -18,7 +20,24 @@ FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Native(),
 
 NAMES = tuple(FORMATS)
 
-__all__ = ["NAMES", "choose", "get", "pack_super_weights", "refusal", "super_weight_layout"]
+# What this tool writes into an output beside config.json and the weights. A source's own file of
+# such a name cannot lie beside ours, and none of these belongs to the model that `unpack` restores.
+OWN_FILES = frozenset({
+    manifest.NAME, "recipe.yaml", "report.json", "super_weights.safetensors",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+    *(f"model{fmt.weights_suffix}.index.json" for fmt in FORMATS.values()),
+})  # fmt: skip
+
+__all__ = [
+    "NAMES",
+    "OWN_FILES",
+    "choose",
+    "get",
+    "pack_super_weights",
+    "refusal",
+    "slack",
+    "super_weight_layout",
+]
 
 
 def get(name: str) -> Format:
@@ -33,18 +52,20 @@ def refusal(
     changed: Mapping[str, Terms],
     infos: Sequence[TensorInfo],
     config: Mapping[str, Any] | None,
+    aliases: Mapping[str, str] | None = None,
 ) -> str | None:
     """Why a format cannot hold a result, or None; names the first tensor that forces it."""
     for info in infos:
         if info.name in changed and (reason := fmt.refuses(info, changed[info.name])):
             return f"tensor {show(info.name)}: {reason}"
-    return fmt.refuses_model(changed, infos, config)
+    return fmt.refuses_model(changed, infos, config, aliases)
 
 
 def choose(
     changed: Mapping[str, Terms],
     infos: Sequence[TensorInfo],
     config: Mapping[str, Any] | None,
+    aliases: Mapping[str, str] | None = None,
 ) -> tuple[Format, str]:
     """The format of `--format auto` and why, in plain words.
 
@@ -53,7 +74,45 @@ def choose(
     if not any(terms.codes is not None for terms in changed.values()):
         return FORMATS["dense"], "no tensor has integer codes: plain tensors hold the result"
     preferred = FORMATS["compressed-tensors"]
-    reason = refusal(preferred, changed, infos, config)
+    reason = refusal(preferred, changed, infos, config, aliases)
     if reason is None:
         return preferred, "transformers and vLLM load it"
     return FORMATS["native"], f"compressed-tensors cannot hold it: {reason}"
+
+
+def slack(
+    fmt: Format,
+    entries: Sequence[Entry],
+    files: Sequence[Sequence[tuple[str, str, tuple[int, ...]]]],
+    end: int,
+) -> int:
+    """Bytes to add to an output whose open counts were closed at one end, to make it a bound.
+
+    entries  every tensor with its terms, counts still open
+    files    the arrays (name, dtype, shape) of each weight file of the closed output, in order
+    end      0: the result is at most 0 and makes a lower bound; 1: an upper bound
+    0 where both ends have the same arrays. Data only grows with the counts; what does not is text:
+    names of arrays (see `Format.slack`), digits of offsets, and the padding of a header to 8 bytes.
+    """
+    if all(_arrays(fmt, entry, 0) == _arrays(fmt, entry, 1) for entry in entries):
+        return 0
+    below, above = fmt.slack([entry for entry in entries if entry.terms.changed])
+    digits = []  # of every offset
+    total = 0
+    for specs in files:
+        offset = 0
+        for _, dtype, shape in specs:
+            begin, offset = offset, offset + nbytes_of(dtype, shape)
+            digits += [len(str(begin)), len(str(offset))]
+        total += offset
+    padding = 7 * len(files)
+    if end == 0:
+        return -(below + sum(digits) - len(digits) + padding)
+    # Where fewer shards come out, a tensor lies further from its file's start than here.
+    return above + len(digits) * len(str(total)) - sum(digits) + padding
+
+
+def _arrays(fmt: Format, entry: Entry, end: int) -> list[ArraySpec]:
+    """The arrays of a tensor with its open counts closed at one end."""
+    info, terms = entry.info, entry.terms.at(end)
+    return fmt.layout(info, terms) if terms.changed else super_weight_layout(info, terms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,9 +12,10 @@ from compress import kernels
 from compress.errors import InputError, show
 from compress.formats.base import MODEL, SUPER_WEIGHTS, ArraySpec, Fetch, Named
 from compress.passes.base import Terms
-from compress.tensor import DTYPES, Array, Outliers, Role, Tensor, TensorInfo
+from compress.tensor import DTYPES, Array, Outliers, Role, Tensor, TensorInfo, masked
 
 _CAST_BYTES = 1 << 20  # of float32 that are rounded at a time
+_FAR = 10**15  # an offset that no weight file reaches
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -59,12 +61,16 @@ def plain(tensor: Tensor) -> Array:
     if tensor.codes is None and tensor.factors is None:
         matrix = tensor.source
         if tensor.mask is not None:
-            matrix = np.where(tensor.mask, matrix, np.zeros((), dtype))
+            matrix = masked(matrix, tensor.mask)
         if tensor.outliers is not None and tensor.outliers.rows.size:
             matrix = np.array(matrix)
             matrix[tensor.outliers.rows, tensor.outliers.columns] = tensor.outliers.values
         return np.ascontiguousarray(matrix, dtype)
-    return cast_like(tensor.decode(), dtype)
+    values = cast_like(tensor.decode(), dtype)
+    if tensor.outliers is not None and tensor.outliers.rows.size and dtype == np.float64:
+        # The formula is in float32, which a float64 does not survive: exact entries are exact.
+        values[tensor.outliers.rows, tensor.outliers.columns] = tensor.outliers.values
+    return values
 
 
 def cast_like(matrix: NDArray[np.float32], dtype: np.dtype[np.generic]) -> Array:
@@ -161,6 +167,14 @@ def damaged(info: TensorInfo, what: str) -> InputError:
     return InputError(
         f"tensor {show(info.name)}: {what}", hint="the file is damaged; `compress verify` says more"
     )
+
+
+def header_text(spec: ArraySpec, weights_suffix: str) -> int:
+    """Bytes that an array's entries in a file's header and in the index take at most."""
+    entry = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [_FAR, _FAR]}
+    header = json.dumps({spec.name: entry}, separators=(",", ":"), ensure_ascii=False)
+    index = json.dumps({spec.name: f"model-00000-of-00000{weights_suffix}"}, indent=4)
+    return len(header.encode("utf-8", "surrogatepass")) + len(index)
 
 
 def collision(

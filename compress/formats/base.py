@@ -68,10 +68,12 @@ class Format:
         changed: Mapping[str, Terms],
         infos: Sequence[TensorInfo],
         config: Mapping[str, Any] | None,
+        aliases: Mapping[str, str] | None = None,
     ) -> str | None:
         """Why the model as a whole cannot be held (e.g. fused sets of unequal width), or None.
 
-        `infos` are all tensors of the checkpoint, `config` its config.json, None where it has none.
+        `infos` are all tensors of the checkpoint, `config` its config.json, None where it has none,
+        `aliases` the names of tied tensors that are not stored, with the names that are.
         """
         return None
 
@@ -92,6 +94,15 @@ class Format:
     ) -> dict[str, bytes]:
         """Further files by relative path: the changed config.json, the adapter's config."""
         return {}
+
+    def slack(self, entries: Sequence[Entry]) -> tuple[int, int]:
+        """(below, above): bytes of names and headers by which sizes at the ends can be no bounds.
+
+        An output can be smaller than with every open count at its low end by `below`, and larger
+        than with every count at its high end by `above`, because an array (or a line of a config)
+        may exist between the ends that does not exist at one of them.
+        """
+        return 0, 0
 
     def notes(self, terms: Sequence[Terms], infos: Sequence[TensorInfo]) -> list[str]:
         """What a user of the output should know, in plain words, for the report."""

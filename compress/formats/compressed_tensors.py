@@ -51,6 +51,7 @@ class CompressedTensors(Format):
     """pack-quantized Linear modules, int8 embeddings, everything else as it was."""
 
     name: ClassVar[str] = "compressed-tensors"
+    base_stands_alone: ClassVar[bool] = True
 
     def refuses(self, info: TensorInfo, terms: Terms) -> str | None:
         """What the engines' loaders do not take."""
@@ -65,12 +66,15 @@ class CompressedTensors(Format):
         changed: Mapping[str, Terms],
         infos: Sequence[TensorInfo],
         config: Mapping[str, Any] | None,
+        aliases: Mapping[str, str] | None = None,
     ) -> str | None:
-        """A missing config.json, fused sets of unequal schemes, a tied embedding, taken names."""
+        """A missing config.json, fused sets of unequal schemes, tied weights, taken names."""
         if config is None:
             return "there is no config.json to record the quantization in"
         quantized = {name for name, terms in changed.items() if terms.codes is not None}
         if reason := _refuses_tied(quantized, infos, config):
+            return reason
+        if reason := _refuses_aliases(changed, aliases or {}):
             return reason
         if reason := _refuses_fused(changed, infos):
             return reason
@@ -119,6 +123,14 @@ class CompressedTensors(Format):
             files["config.json"] = _config_json(schemes, config, infos)
         return files
 
+    def slack(self, entries: Sequence[Entry]) -> tuple[int, int]:
+        """The ranks in adapter_config.json, which are listed where they differ."""
+        return peft.config_slack(entries)
+
+    def notes(self, terms: Sequence[Terms], infos: Sequence[TensorInfo]) -> list[str]:
+        """How to load the adapter, where there is one."""
+        return peft.notes([Entry(i, t) for i, t in zip(infos, terms, strict=True)])
+
 
 # -- refusals --------------------------------------------------------------------------------
 
@@ -166,6 +178,18 @@ def _refuses_tied(
     if not any(i.role is Role.HEAD for i in infos) and not _has_head(config):
         return None
     return f"config.json does not say tie_word_embeddings: false, so the {what} may be tied"
+
+
+def _refuses_aliases(changed: Mapping[str, Terms], aliases: Mapping[str, str]) -> str | None:
+    """Codes or factors of a tensor that another module shares under a name that is not stored.
+
+    Engines see the arrays of one module only and would give the other one random weights.
+    """
+    for alias, kept in sorted(aliases.items()):
+        terms = changed.get(kept)
+        if terms is not None and (terms.codes is not None or terms.rank):
+            return f"tensor {show(kept)} is also stored for {show(alias)}, which would be lost"
+    return None
 
 
 def _has_head(config: Mapping[str, Any]) -> bool:

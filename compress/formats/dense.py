@@ -35,6 +35,7 @@ class Dense(Format):
         changed: Mapping[str, Terms],
         infos: Sequence[TensorInfo],
         config: Mapping[str, Any] | None,
+        aliases: Mapping[str, str] | None = None,
     ) -> str | None:
         """Nothing: every tensor keeps its name."""
         layouts = [(i, self.layout(i, changed[i.name])) for i in infos if i.name in changed]

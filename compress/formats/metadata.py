@@ -9,36 +9,72 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from compress.checkpoint import strict_json
+from compress.checkpoint.source import RECORD_KEY
 from compress.errors import InputError, show
 from compress.formats.base import Entry
 from compress.passes.base import CodesSpec, Terms
 from compress.tensor import DTYPES, FLOAT_TAGS, Role, TensorInfo
 
-KEY = "compress"
+KEY = RECORD_KEY
+FORMAT = "format"  # the entry of `__metadata__` that names the framework; transformers wants "pt"
+PYTORCH = "pt"
 VERSION = 1
 _MAX_RANK = 8
 _EXPERTS_RANK = 3
 _MIN_BITS, _MAX_BITS = 2, 8
 _MAX_SIZE = 1 << 48
+_CAST_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _SCALE_DTYPES = frozenset({"F16", "BF16", "F32"})
 _FACTOR_DTYPES = _SCALE_DTYPES | {"I8"}
 _ROLES = {role.value: role for role in Role}
 
 
-def encode(format_name: str, entries: Sequence[Entry]) -> dict[str, str]:
-    """The `__metadata__` of a weight file. A dense output needs no record."""
-    plain = {"format": "pt"}
+@dataclass(frozen=True)
+class Record:
+    """What the record of one weight file says.
+
+    source_metadata  entries of the source's `__metadata__` that the file's own could not keep
+    cast             tensors stored in another dtype: name -> the original dtype
+    """
+
+    format: str
+    entries: tuple[Entry, ...]
+    source_metadata: Mapping[str, str] = field(default_factory=dict)
+    cast: Mapping[str, str] = field(default_factory=dict)
+
+
+def encode(
+    format_name: str,
+    entries: Sequence[Entry],
+    *,
+    source_metadata: Mapping[str, str] | None = None,
+    cast: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """The `__metadata__` of a weight file. A dense output needs no record.
+
+    source_metadata  `Checkpoint.foreign_metadata` of the source: carried along as it is. Only its
+                     "format" must be "pt" beside a record, so the record remembers another one
+    cast             unchanged tensors of this file that are stored in another dtype: name -> the
+                     original dtype
+    """
+    foreign = {k: v for k, v in (source_metadata or {}).items() if k != KEY}
     if format_name == "dense":
-        return plain
-    body = {
+        return {FORMAT: PYTORCH} | foreign
+    body: dict[str, Any] = {
         "version": VERSION,
         "format": format_name,
         "tensors": {entry.info.name: _encode_entry(entry) for entry in entries},
     }
-    return plain | {KEY: json.dumps(body, sort_keys=True, separators=(",", ":"))}
+    if foreign.get(FORMAT, PYTORCH) != PYTORCH:
+        body["source_metadata"] = {FORMAT: foreign[FORMAT]}
+    if cast:
+        body["cast"] = dict(cast)
+    record = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return foreign | {FORMAT: PYTORCH, KEY: record}
 
 
 def is_present(mapping: Mapping[str, str]) -> bool:
@@ -46,12 +82,12 @@ def is_present(mapping: Mapping[str, str]) -> bool:
     return KEY in mapping
 
 
-def decode(mapping: Mapping[str, str]) -> tuple[str, list[Entry]]:
-    """(format, entries) of a weight file's `__metadata__`. Raises InputError."""
+def decode(mapping: Mapping[str, str]) -> Record:
+    """The record in a weight file's `__metadata__`. Raises InputError."""
     if KEY not in mapping:
         raise InputError("the weight file has no record of compressed tensors")
     body = strict_json.parse(mapping[KEY].encode("utf-8", "replace"), KEY, floats=False)
-    top = _fields(body, "the record", {"version", "format", "tensors"}, set())
+    top = _fields(body, "the record", {"version", "format", "tensors"}, {"source_metadata", "cast"})
     if type(top["version"]) is not int or top["version"] != VERSION:
         raise InputError(
             f"the record of compressed tensors has version {show(str(top['version']))},"
@@ -60,7 +96,29 @@ def decode(mapping: Mapping[str, str]) -> tuple[str, list[Entry]]:
         )
     if not isinstance(top["format"], str) or not isinstance(top["tensors"], dict):
         raise InputError("the record of compressed tensors: format or tensors has the wrong type")
-    return top["format"], [_decode_entry(name, raw) for name, raw in top["tensors"].items()]
+    return Record(
+        top["format"],
+        tuple(_decode_entry(name, raw) for name, raw in top["tensors"].items()),
+        _decode_source_metadata(top.get("source_metadata", {})),
+        _decode_cast(top.get("cast", {}), top["tensors"]),
+    )
+
+
+def _decode_source_metadata(raw: Any) -> dict[str, str]:
+    if not isinstance(raw, dict) or KEY in raw or not all(isinstance(v, str) for v in raw.values()):
+        raise InputError("the record of compressed tensors: source_metadata is malformed")
+    return raw
+
+
+def _decode_cast(raw: Any, tensors: Mapping[str, Any]) -> dict[str, str]:
+    if not isinstance(raw, dict):
+        raise InputError("the record of compressed tensors: cast is not an object")
+    for name, dtype in raw.items():
+        where = f"the record of the cast tensor '{show(name)}'"
+        _choice(dtype, _CAST_DTYPES, where)
+        if name in tensors:
+            raise InputError(f"{where}: it is also recorded as changed")
+    return raw
 
 
 def _encode_entry(entry: Entry) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from compress import kernels
 from compress.formats.arrays import (
     collision,
     damaged,
+    header_text,
     pack_rows,
     pack_super_weights,
     packed_bytes,
@@ -73,6 +74,7 @@ class Native(Format):
         changed: Mapping[str, Terms],
         infos: Sequence[TensorInfo],
         config: Mapping[str, Any] | None,
+        aliases: Mapping[str, str] | None = None,
     ) -> str | None:
         """Array names that another tensor already has."""
         layouts = [(i, self.layout(i, changed[i.name])) for i in infos if i.name in changed]
@@ -121,6 +123,19 @@ class Native(Format):
             outliers=unpack_super_weights(info, terms, fetch, in_scale=False),
         )
 
+    def slack(self, entries: Sequence[Entry]) -> tuple[int, int]:
+        """The names of bitmasks that are not there at one end.
+
+        Where the storage is open, few kept entries give a bitmask and many give none.
+        """
+        total = sum(
+            header_text(mask, self.weights_suffix)
+            for entry in entries
+            if storage(entry.info, entry.terms) is Storage.OPEN
+            for mask in (_mask_layout(entry.info),)
+        )
+        return total, total
+
 
 # -- sizes and layout ------------------------------------------------------------------------
 
@@ -155,7 +170,6 @@ def _entries_layout(info: TensorInfo, terms: Terms) -> list[ArraySpec]:
         row_bytes = packed_bytes(columns, terms.codes.bits)
         return [ArraySpec(MODEL, name, "U8", (rows, row_bytes))]
     low, high = terms.nonzeros or (0, rows * columns)
-    mask_bytes = packed_bytes(columns, 1)
     if what is Storage.OPEN:
         least, most = _sparse_bytes(info, terms, low), _dense_bytes(info, terms)
         return [ArraySpec(MODEL, name, "U8", (min(least, most),), most)]
@@ -163,7 +177,12 @@ def _entries_layout(info: TensorInfo, terms: Terms) -> list[ArraySpec]:
     if terms.codes is not None:
         dtype, low, high = "U8", _kept_bytes(info, terms, low), _kept_bytes(info, terms, high)
     kept = ArraySpec(MODEL, name, dtype, (low,), None if low == high else high)
-    return [ArraySpec(MODEL, f"{info.name}.mask", "U8", (rows, mask_bytes)), kept]
+    return [_mask_layout(info), kept]
+
+
+def _mask_layout(info: TensorInfo) -> ArraySpec:
+    rows, columns = info.matrix_shape
+    return ArraySpec(MODEL, f"{info.name}.mask", "U8", (rows, packed_bytes(columns, 1)))
 
 
 def _scale_layout(info: TensorInfo, codes: CodesSpec) -> list[ArraySpec]:

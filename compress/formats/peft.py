@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ def refuses(info: TensorInfo, terms: Terms) -> str | None:
         return None
     if info.role not in _ROLES:
         return f"low-rank factors of a tensor of role {info.role.value}: LoRA adapts Linear modules"
+    if not info.name.endswith(".weight"):
+        return "low-rank factors of what is no module's weight (its name does not end in .weight)"
     if terms.factor_dtype not in DTYPE_TAGS:
         return f"{terms.factor_dtype} factors: an adapter holds F16, BF16 or F32"
     return None
@@ -49,7 +51,7 @@ def max_lora_rank(entries: Sequence[Entry]) -> int | None:
 
     0 where there is no adapter, None where its rank is beyond what vLLM offers.
     """
-    need = max((rank_bounds(e.info, e.terms)[1] for e in entries), default=0)
+    need = max(_ranks(entries).values(), default=0)
     if not need:
         return 0
     return next((rank for rank in VLLM_RANKS if rank >= need), None)
@@ -114,13 +116,21 @@ def unpack_factors(info: TensorInfo, terms: Terms, fetch: Fetch) -> Factors | No
 
 def config(entries: Sequence[Entry]) -> dict[str, Any] | None:
     """adapter_config.json, or None where no tensor has an adapter. alpha = rank: scale 1."""
+    ranks = _ranks(entries)
+    return _config(ranks, named=len(set(ranks.values())) > 1) if ranks else None
+
+
+def _ranks(entries: Sequence[Entry]) -> dict[str, int]:
+    """The rank of every module that has one; the highest where counts are open."""
     ranks = {e.info.module: rank_bounds(e.info, e.terms)[1] for e in entries}
-    ranks = {module: rank for module, rank in ranks.items() if rank}
-    if not ranks:
-        return None
+    return {module: rank for module, rank in ranks.items() if rank}
+
+
+def _config(ranks: Mapping[str, int], *, named: bool) -> dict[str, Any]:
+    """The config; `named` lists the rank of every module, for ranks that differ."""
     largest = max(ranks.values())
     pattern: dict[str, int] = {}
-    if len(set(ranks.values())) > 1:
+    if named:
         # PEFT takes the first key that matches the end of a module's name, so that a name that
         # ends in another name must come first. `a.1` does not match `a.11`: keys end on a dot.
         for module in sorted(ranks, key=lambda name: (-len(name), name)):
@@ -146,7 +156,40 @@ def config_files(entries: Sequence[Entry]) -> dict[str, bytes]:
     found = config(entries)
     if found is None:
         return {}
-    return {CONFIG_FILE: (json.dumps(found, indent=2) + "\n").encode()}
+    return {CONFIG_FILE: _text(found)}
+
+
+def config_slack(entries: Sequence[Entry]) -> tuple[int, int]:
+    """(below, above) what adapter_config.json takes at the low and at the high end of the counts.
+
+    Ranks that are alike at one end and differ elsewhere are listed there, and the reverse.
+    """
+    slack = []
+    for end in (0, 1):
+        ranks = _ranks([Entry(e.info, e.terms.at(end)) for e in entries])
+        texts = [len(_text(_config(ranks, named=n))) if ranks else 0 for n in (False, True)]
+        now = texts[len(set(ranks.values())) > 1]
+        slack.append(now - texts[0] if end == 0 else texts[1] - now)
+    return slack[0], slack[1]
+
+
+def notes(entries: Sequence[Entry]) -> list[str]:
+    """How to load the adapter, where there is one."""
+    need = max(_ranks(entries).values(), default=0)
+    if not need:
+        return []
+    allowed = max_lora_rank(entries)
+    flags = f"--enable-lora --max-lora-rank {allowed}"
+    if allowed is None:
+        flags = f"takes at most rank {VLLM_RANKS[-1]}"
+    found = [f"adapter: rank up to {need}; vLLM: {flags}"]
+    if any(e.terms.codes is not None for e in entries):
+        found.append("adapter: transformers needs one forward pass before PeftModel")
+    return found
+
+
+def _text(found: Mapping[str, Any]) -> bytes:
+    return (json.dumps(found, indent=2) + "\n").encode()
 
 
 def _names(info: TensorInfo) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 Arrays are C-contiguous and callers allocate every output. Weights are float32, float16 or
 bfloat16 (ml_dtypes). Wrong shapes and dtypes raise ValueError. The compiled kernels release the
 GIL, run on the calling thread, and give the bytes of `compress.kernels.reference`.
-See docs/kernels-contract.md.
+See docs/kernels.md.
 """
 
 from __future__ import annotations

@@ -236,8 +236,8 @@ def _zero_point(low: F32, scale: F32, top: int) -> F32:
 
 
 def _measure(kept: F32, scale: F32, zero_point: F32, top: int) -> Fit:
-    """Codes by true division, and the error that they leave."""
-    integers = kept / scale[:, None]
+    """Codes by the reciprocal of the scale, and the error that they leave."""
+    integers = kept * (np.float32(1) / scale)[:, None]
     np.rint(integers, out=integers)
     np.maximum(integers, -zero_point[:, None], out=integers)
     np.minimum(integers, (np.float32(top) - zero_point)[:, None], out=integers)
@@ -286,8 +286,8 @@ def _search(
 ) -> Fit:
     """The candidate of least error, refitted by least squares, where it beats plain rounding.
 
-    Candidates are ranked in units of their scale, through its reciprocal (fast); the winner is
-    measured like the plain scale, so the result is never worse than plain on any group.
+    Candidates are ranked in units of their scale (fast); the winner is measured like the plain
+    scale, so the result is never worse than plain on any group.
     """
     kept, top = groups.kept, np.float32((1 << bits) - 1)
     best, best_scale = np.full(plain.error.shape, np.inf), plain.scale
@@ -341,7 +341,7 @@ def quantize_groups(
     zero_point: U8 | None,
     sums: F64,
 ) -> int:
-    """Codes, scales and zero points of groups of columns; see docs/kernels-contract.md.
+    """Codes, scales and zero points of groups of columns; see docs/kernels.md.
 
     w, mask, codes [rows, cols]; scale, zero_point [rows, groups]; sums float64 [rows, 3].
     Returns -1; the flat index i of the first non-finite weight; or -2 - i where the scale of

@@ -7,6 +7,7 @@
 constexpr size_t kLanes = 16;
 constexpr size_t kChunk = 4096;
 constexpr int kCandidates = 16;
+constexpr size_t kAhead = 4096;  // bytes; prefetched behind the last weight, too: it never faults
 constexpr float kInfinity = __builtin_inff();
 
 COMPRESS_INLINE size_t smaller(size_t a, size_t b) {
@@ -60,51 +61,47 @@ COMPRESS_INLINE uint32_t key_at(const uint8_t* w, bool wide, size_t i) {
   return bits & 0x7FFFu;
 }
 
-template <class Count>
-static void count_keys(const uint8_t* w, bool wide, size_t n, Count* counts) {
-  const int shift = wide ? 16 : 0;
-  const size_t step = wide ? 2 : 4;
+// Adds the top 15 bits of each key to `counts`. One store a weight is the limit, so several tables
+// would gain nothing.
+template <bool Wide, class Count>
+static void count_keys(const uint8_t* w, size_t n, Count* counts) {
+  constexpr size_t item = Wide ? 4 : 2;
   size_t i = 0;
-  for (; i + 2 * step <= n; i += 2 * step) {
-    const uint64_t x = load_u64(w + i * (wide ? 4 : 2));
-    const uint64_t y = load_u64(w + (i + step) * (wide ? 4 : 2));
-    if (wide) {
+  for (; i + 8 <= n; i += 8) {
+    __builtin_prefetch(w + i * item + kAhead);
+    for (size_t j = 0; j < item; ++j) {
+      const uint64_t x = load_u64(w + i * item + 8 * j);
+      if (!Wide) ++counts[x & 0x7FFF];
       ++counts[(x >> 16) & 0x7FFF];
+      if (!Wide) ++counts[(x >> 32) & 0x7FFF];
       ++counts[(x >> 48) & 0x7FFF];
-      ++counts[(y >> 16) & 0x7FFF];
-      ++counts[(y >> 48) & 0x7FFF];
-    } else {
-      ++counts[x & 0x7FFF];
-      ++counts[(x >> 16) & 0x7FFF];
-      ++counts[(x >> 32) & 0x7FFF];
-      ++counts[(x >> 48) & 0x7FFF];
-      ++counts[y & 0x7FFF];
-      ++counts[(y >> 16) & 0x7FFF];
-      ++counts[(y >> 32) & 0x7FFF];
-      ++counts[(y >> 48) & 0x7FFF];
     }
   }
-  for (; i < n; ++i) ++counts[key_at(w, wide, i) >> shift];
+  for (; i < n; ++i) ++counts[key_at(w, Wide, i) >> (Wide ? 16 : 0)];
 }
 
-static void magnitude_histogram(const uint8_t* w, Kind kind, size_t n, uint64_t* counts) {
+template <bool Wide>
+static void histogram(const uint8_t* w, size_t n, uint64_t* counts) {
   constexpr size_t bins = 1 << 15, piece = (size_t)1 << 30;
-  const bool wide = kind == kFloat32;
-  // A table of narrow counts takes half the cache. (Several tables are no faster: the limit is one
-  // store a weight, not two equal neighbours that wait for each other.)
+  // A table of narrow counts takes half the cache.
   uint32_t* table = n < 1 << 16 ? nullptr : (uint32_t*)calloc(bins, sizeof(uint32_t));
   if (!table) {
-    count_keys(w, wide, n, counts);
+    count_keys<Wide>(w, n, counts);
     return;
   }
   for (size_t start = 0; start < n; start += piece) {
-    count_keys(w + start * (wide ? 4 : 2), wide, smaller(piece, n - start), table);
+    count_keys<Wide>(w + start * (Wide ? 4 : 2), smaller(piece, n - start), table);
     for (size_t bin = 0; bin < bins; ++bin) {
       counts[bin] += table[bin];
       table[bin] = 0;
     }
   }
   free(table);
+}
+
+static void magnitude_histogram(const uint8_t* w, Kind kind, size_t n, uint64_t* counts) {
+  if (kind == kFloat32) return histogram<true>(w, n, counts);
+  histogram<false>(w, n, counts);
 }
 
 static void magnitude_histogram_low(const uint8_t* w, size_t n, uint32_t prefix, uint64_t* counts) {
@@ -253,10 +250,18 @@ template <int K, bool Masked>
 COMPRESS_INLINE void load_group(const uint8_t* w, const uint8_t* mask, size_t n, float* out,
                                 Range& range) {
   Range r = range;
-  size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  const auto block = [&](size_t i) __attribute__((always_inline)) {
     load_block<Masked>(load_weights<K>(w + i * item_size<K>()), mask + i, out + i, r);
+  };
+  size_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    for (size_t byte = 0; byte < 2 * kLanes * item_size<K>(); byte += 64) {
+      __builtin_prefetch(w + i * item_size<K>() + byte + kAhead);
+    }
+    block(i);
+    block(i + kLanes);
   }
+  for (; i + kLanes <= n; i += kLanes) block(i);
   if (i < n) {
     uint8_t kept[kLanes] = {0};
     if (Masked) memcpy(kept, mask + i, n - i);
@@ -269,42 +274,44 @@ struct Moments {
   double products, squares;  // sum of w * q, sum of q * q, with q = code - zero_point
 };
 
-// Codes by true division; returns their squared error. Either output may be null.
-template <bool Codes, bool Fit>
-COMPRESS_INLINE double measure(const float* w, size_t n, float scale, float zero_point, float top,
-                               uint8_t* codes, Moments* moments) {
-  const F s = set1(scale), zero = set1(zero_point);
+// Codes by the reciprocal of the scale; returns the lanes of their squared error. Either output may
+// be null. Clip: some weight may round to an integer beyond the grid.
+template <bool Codes, bool Fit, bool Clip>
+COMPRESS_INLINE F measure(const float* w, size_t n, float scale, float zero_point, float top,
+                          uint8_t* codes, Moments* moments) {
+  const F s = set1(scale), inverse = set1(1.0f / scale), zero = set1(zero_point);
   const F low = set1(-zero_point), high = set1(top - zero_point);
   F error = set1(0), products = set1(0), squares = set1(0);
   const auto block = [&](F x) __attribute__((always_inline)) {
-    const F q = min_(max_(rint_(div(x, s)), low), high);
+    const F nearest = rint_(mul(x, inverse));
+    const F q = Clip ? min_(max_(nearest, low), high) : nearest;
     const F e = sub(x, mul(q, s));
     error = add(error, mul(e, e));
     if (Fit) {
       products = add(products, mul(x, q));
       squares = add(squares, mul(q, q));
     }
-    return add(q, zero);
+    return q;
   };
   size_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const F first = block(load(w + i)), second = block(load(w + i + kLanes));
-    if (Codes) store_u8_pair(codes + i, first, second);
+    if (Codes) store_u8_pair(codes + i, first, second, (int)zero_point);
   }
   for (; i + kLanes <= n; i += kLanes) {
-    const F code = block(load(w + i));
-    if (Codes) store_u8(codes + i, code);
+    const F q = block(load(w + i));
+    if (Codes) store_u8(codes + i, add(q, zero));
   }
   if (i < n) {
     uint8_t bytes[kLanes];
-    store_u8(bytes, block(load(w + i)));
+    store_u8(bytes, add(block(load(w + i)), zero));
     if (Codes) memcpy(codes + i, bytes, n - i);
   }
   if (Fit) {
     moments->products += (double)reduce_add(products);
     moments->squares += (double)reduce_add(squares);
   }
-  return (double)reduce_add(error);
+  return error;
 }
 
 struct Candidates {
@@ -379,50 +386,53 @@ struct Group {
     read(start, ignored);
   }
 
-  void survey() {
+  // Leaves the last chunk's lanes in `range`: those of several groups are folded together.
+  void survey(Range& range) {
     top = (float)((1 << args->bits) - 1);
     energy = pruned = 0;
-    Range range{set1(0), set1(0), set1(0), set1(0)};
+    range.low = range.high = range.energy = range.pruned = set1(0);
     for (size_t start = 0; start < size; start += kChunk) {
-      range.energy = range.pruned = set1(0);
+      if (start) {
+        energy += (double)reduce_add(range.energy);
+        if (Masked) pruned += (double)reduce_add(range.pruned);
+        range.energy = range.pruned = set1(0);
+      }
       read(start, range);
-      energy += (double)reduce_add(range.energy);
-      if (Masked) pruned += (double)reduce_add(range.pruned);
     }
-    low = reduce_min(range.low);
-    high = reduce_max(range.high);
   }
 
-  template <bool Codes, bool Fit>
-  double error_of(float scale, float zero_point, uint8_t* out, Moments* moments) const {
+  // The squared error but for the last chunk's, whose lanes are left in `last`.
+  template <bool Codes, bool Fit, bool Clip>
+  double error_but(F& last, float scale, float zero_point, uint8_t* out, Moments* moments) const {
     double error = 0;
     for (size_t start = 0; start < size; start += kChunk) {
+      if (start) error += (double)reduce_add(last);
       recall(start);
-      error += measure<Codes, Fit>(w, chunk(start), scale, zero_point, top,
-                                   Codes ? out + start : nullptr, moments);
+      last = measure<Codes, Fit, Clip>(w, chunk(start), scale, zero_point, top,
+                                       Codes ? out + start : nullptr, moments);
     }
     return error;
   }
+  template <bool Codes, bool Fit>
+  double error_of(float scale, float zero_point, uint8_t* out, Moments* moments) const {
+    F last = set1(0);
+    const double error = error_but<Codes, Fit, true>(last, scale, zero_point, out, moments);
+    return error + (double)reduce_add(last);
+  }
 
-  // Writes codes, scale and zero point, from those of plain rounding; adds to `sums` [3].
-  void quantize(size_t index, float scale, float zero_point, double* sums) const {
-    double plain, error;
-    if (!args->search || (low == 0 && high == 0)) {
-      error = plain = error_of<true, false>(scale, zero_point, codes(0), nullptr);
-    } else {
-      plain = error_of<false, false>(scale, zero_point, nullptr, nullptr);
-      error = search(plain, scale, zero_point);
-    }
-    write_scale(args->scale, index, scale, args->scale_kind);
-    if (args->zero_point) args->zero_point[index] = (uint8_t)zero_point;
-    sums[0] += error + pruned;
-    sums[1] += plain + pruned;
-    sums[2] += energy;
+  // Writes the codes of plain rounding; returns what error_but does.
+  double round(F& last, bool clip, float scale, float zero_point) const {
+    if (clip) return error_but<true, false, true>(last, scale, zero_point, codes(0), nullptr);
+    return error_but<true, false, false>(last, scale, zero_point, codes(0), nullptr);
   }
 
   // Writes the codes of the best candidate and replaces `scale` and `zero_point` where it beats
-  // plain rounding; returns the error.
-  double search(double plain, float& scale, float& zero_point) const {
+  // plain rounding, whose error goes to `plain`; returns the error.
+  double search(double& plain, float& scale, float& zero_point) const {
+    if (low == 0 && high == 0) {
+      return plain = error_of<true, false>(scale, zero_point, codes(0), nullptr);
+    }
+    plain = error_of<false, false>(scale, zero_point, nullptr, nullptr);
     alignas(64) Candidates c;
     make_candidates(c, *factors, low, high, *args, top);
     double errors[kCandidates] = {0}, best = (double)kInfinity;
@@ -490,66 +500,102 @@ static void plain_scales(const QuantizeArgs& args, const float* lows, const floa
   }
 }
 
+// Sixteen groups' lanes, a row each, and what their folds give.
+struct Batch {
+  float rows[4][kLanes * kLanes];
+  float low[kLanes], high[kLanes], energy[kLanes], pruned[kLanes];
+  float scale[kLanes], zero_point[kLanes], error[kLanes];
+};
+
 // Up to sixteen groups at a time: first all are read, then all are rounded, so that one group's
-// chain of reductions and divisions does not hold up the next group's.
+// chain of folds and divisions does not hold up the next group's.
 template <int K, bool Masked>
 static int64_t quantize_rows(const QuantizeArgs& args) {
   alignas(64) float w[kChunk];
   alignas(64) uint8_t spare[kChunk];
   alignas(64) Factors factors;
-  alignas(64) float low[kLanes], high[kLanes], scale[kLanes], zero_point[kLanes];
+  alignas(64) Batch batch;
+  memset(&batch, 0, sizeof batch);  // a row without a group is folded, too
   fill_factors(factors, args.bits, !args.zero_point);
-  Group<K, Masked> batch[kLanes];
+  // The largest weight of a symmetric group becomes the largest code, however its scale is rounded:
+  // nothing to clip. With 2 bits it lies between two codes.
+  const bool clip = args.zero_point || args.bits == 2;
+  Group<K, Masked> groups[kLanes];
   size_t index = 0;
   for (size_t row = 0; row < args.rows; ++row) {
-    double* sums = args.sums + 3 * row;
-    sums[0] = sums[1] = sums[2] = 0;
+    double error_sum = 0, plain_sum = 0, energy_sum = 0;
     for (size_t column = 0; column < args.columns;) {
       size_t count = 0, used = 0;
-      double energy = 0;
-      memset(low, 0, sizeof low);
-      memset(high, 0, sizeof high);
       while (column < args.columns && count < kLanes) {
         const size_t size = smaller(args.group_size, args.columns - column);
         const size_t padded = (smaller(size, kChunk) + kLanes - 1) / kLanes * kLanes;
         if (used + padded > kChunk) break;
-        Group<K, Masked>& group = batch[count];
+        Group<K, Masked>& group = groups[count];
         group.args = &args;
         group.factors = &factors;
         group.first = row * args.columns + column;
         group.size = size;
         group.w = w + used;
         group.spare = spare;
-        group.survey();
-        energy += group.energy;
-        low[count] = group.low;
-        high[count] = group.high;
+        Range range;
+        group.survey(range);
+        store(batch.rows[0] + kLanes * count, range.low);
+        store(batch.rows[1] + kLanes * count, range.high);
+        store(batch.rows[2] + kLanes * count, range.energy);
+        if (Masked) store(batch.rows[3] + kLanes * count, range.pruned);
         used += padded;
         column += size;
         ++count;
       }
-      // The next batch comes from memory while this one is rounded. (Addresses behind the last
-      // weight are harmless: a prefetch never faults.)
-      const uint8_t* next = args.weights + (row * args.columns + column) * item_size<K>();
-      for (size_t byte = 0; byte < used * item_size<K>(); byte += 64) {
-        __builtin_prefetch(next + byte);
+      fold_rows<kMin>(batch.rows[0], batch.low);
+      fold_rows<kMax>(batch.rows[1], batch.high);
+      fold_rows<kAdd>(batch.rows[2], batch.energy);
+      if (Masked) fold_rows<kAdd>(batch.rows[3], batch.pruned);
+      plain_scales(args, batch.low, batch.high, batch.scale, batch.zero_point);
+      double energy = 0;
+      for (size_t i = 0; i < count; ++i) {
+        groups[i].low = batch.low[i];
+        groups[i].high = batch.high[i];
+        groups[i].energy += (double)batch.energy[i];
+        groups[i].pruned += (double)batch.pruned[i];
+        energy += groups[i].energy;
       }
-      plain_scales(args, low, high, scale, zero_point);
       // A NaN or an infinity spoils the sum of squares; so may large weights: then look closely.
       const bool finite = energy < (double)kInfinity;
       for (size_t i = 0; i < count; ++i) {
-        const Group<K, Masked>& group = batch[i];
         if (!finite) {
-          const uint8_t* from = args.weights + group.first * item_size<K>();
-          const int64_t bad = FiniteIndex{from, group.size}.template run<K>();
-          if (bad >= 0) return (int64_t)group.first + bad;
+          const uint8_t* from = args.weights + groups[i].first * item_size<K>();
+          const int64_t bad = FiniteIndex{from, groups[i].size}.template run<K>();
+          if (bad >= 0) return (int64_t)groups[i].first + bad;
         }
-        if (!(scale[i] < kInfinity)) return -2 - (int64_t)group.first;
+        if (!(batch.scale[i] < kInfinity)) return -2 - (int64_t)groups[i].first;
       }
-      for (size_t i = 0; i < count; ++i) {
-        batch[i].quantize(index++, scale[i], zero_point[i], sums);
+      double error[kLanes], plain[kLanes];
+      if (args.search) {
+        for (size_t i = 0; i < count; ++i) {
+          error[i] = groups[i].search(plain[i], batch.scale[i], batch.zero_point[i]);
+        }
+      } else {
+        for (size_t i = 0; i < count; ++i) {
+          F last = set1(0);
+          plain[i] = groups[i].round(last, clip, batch.scale[i], batch.zero_point[i]);
+          store(batch.rows[0] + kLanes * i, last);
+        }
+        fold_rows<kAdd>(batch.rows[0], batch.error);
+        for (size_t i = 0; i < count; ++i) error[i] = plain[i] += (double)batch.error[i];
+      }
+      for (size_t i = 0; i < count; ++i, ++index) {
+        write_scale(args.scale, index, batch.scale[i], args.scale_kind);
+        if (args.zero_point) args.zero_point[index] = (uint8_t)batch.zero_point[i];
+        error_sum += error[i] + groups[i].pruned;
+        plain_sum += plain[i] + groups[i].pruned;
+        energy_sum += groups[i].energy;
       }
     }
+    double* sums = args.sums + 3 * row;
+    sums[0] = error_sum;
+    sums[1] = plain_sum;
+    sums[2] = energy_sum;
   }
   return -1;
 }

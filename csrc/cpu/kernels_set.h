@@ -20,12 +20,16 @@ static_assert(FLT_EVAL_METHOD == 0, "float arithmetic must not be widened");
 namespace compress::cpu {
 namespace {
 
+enum Fold { kAdd, kMin, kMax };
+
 #if defined(__AVX512F__)
 #include "bytes_avx2.h"
 #include "lanes_avx512.h"
+#include "rows_avx2.h"
 #elif defined(__AVX2__)
 #include "bytes_avx2.h"
 #include "lanes_avx2.h"
+#include "rows_avx2.h"
 #else
 #include "bytes_base.h"
 #include "lanes_base.h"

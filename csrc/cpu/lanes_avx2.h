@@ -83,12 +83,14 @@ COMPRESS_INLINE void store_u8(uint8_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi16(_mm256_castsi256_si128(words),
                                                  _mm256_extracti128_si256(words, 1)));
 }
-COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y) {
-  const __m256i first = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
-  const __m256i second = _mm256_packs_epi32(_mm256_cvtps_epi32(y.a), _mm256_cvtps_epi32(y.b));
+COMPRESS_INLINE __m256i shifted_words(F x, int zero) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  return _mm256_add_epi16(words, _mm256_set1_epi16((short)zero));
+}
+COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y, int zero) {
+  const __m256i bytes = _mm256_packus_epi16(shifted_words(x, zero), shifted_words(y, zero));
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256((__m256i*)p,
-                      _mm256_permutevar8x32_epi32(_mm256_packus_epi16(first, second), order));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bytes, order));
 }
 COMPRESS_INLINE U pruned_lanes(const uint8_t* mask) {
   const __m128i pruned = _mm_cmpeq_epi8(_mm_loadu_si128((const __m128i*)mask), _mm_setzero_si128());

@@ -65,9 +65,10 @@ COMPRESS_INLINE F load_u8(const void* p) {
 COMPRESS_INLINE void store_u8(uint8_t* p, F v) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
-COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y) {
-  store_u8(p, x);
-  store_u8(p + 16, y);
+COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y, int zero) {
+  const F z = set1((float)zero);
+  store_u8(p, add(x, z));
+  store_u8(p + 16, add(y, z));
 }
 COMPRESS_INLINE __mmask16 kept_lanes(const uint8_t* mask) {
   const __m128i bytes = _mm_loadu_si128((const __m128i*)mask);

@@ -108,9 +108,11 @@ COMPRESS_INLINE void store_u8(uint8_t* p, F x) {
     for (int i = 0; i < 4; ++i) p[4 * k + i] = (uint8_t)words[i];
   }
 }
-COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y) {
-  store_u8(p, x);
-  store_u8(p + 16, y);
+// Two blocks of integers, each plus `zero`.
+COMPRESS_INLINE void store_u8_pair(uint8_t* p, F x, F y, int zero) {
+  const F z = set1((float)zero);
+  store_u8(p, add(x, z));
+  store_u8(p + 16, add(y, z));
 }
 COMPRESS_INLINE U4 kept4(const uint8_t* mask) {
   uint32_t word;
@@ -170,6 +172,14 @@ COMPRESS_INLINE float reduce_max(F x) {
   m = a[0];
   for (int i = 1; i < 16; ++i) m = a[i] > m ? a[i] : m;
   return m;
+}
+// Sixteen rows of sixteen floats, aligned: out[i] = the fold of row i.
+template <Fold kFold>
+COMPRESS_INLINE void fold_rows(const float* rows, float* out) {
+  for (int i = 0; i < 16; ++i) {
+    const F row = load(rows + 16 * i);
+    out[i] = kFold == kAdd ? reduce_add(row) : kFold == kMin ? reduce_min(row) : reduce_max(row);
+  }
 }
 COMPRESS_INLINE uint32_t reduce_umax(U x) {
   uint32_t a[16], m = 0;
