@@ -344,7 +344,7 @@ def _run(
     from dataclasses import replace
 
     from compress.checkpoint import open_checkpoint
-    from compress.checkpoint.writer import check_out
+    from compress.checkpoint.destination import check_out
     from compress.plan import make_plan
     from compress.recipe import Gate
     from compress.report import print_report

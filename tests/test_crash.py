@@ -119,7 +119,9 @@ def test_a_source_where_the_stage_would_be_is_refused(tmp_path: Path, model: Pat
 
 
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
-@pytest.mark.parametrize("kind", ["folder", "file", "symlink", "foreign marker", "other output"])
+@pytest.mark.parametrize(
+    "kind", ["folder", "file", "symlink", "foreign marker", "another name", "other output"]
+)
 def test_what_no_run_made_is_not_touched(
     tmp_path: Path, model: Path, kind: str, flags: list[str]
 ) -> None:
@@ -136,6 +138,8 @@ def test_what_no_run_made_is_not_touched(
         elsewhere.rename(folder)
         if kind == "foreign marker":
             (folder / MARKER).write_text(json.dumps({"tool": "other", "out": "m"}))
+        if kind == "another name":
+            (folder / MARKER).write_text(json.dumps({"tool": manifest.TOOL, "out": "n"}))
         if kind == "other output":
             (folder / "mine.txt").unlink()
             folder.rmdir()
@@ -629,6 +633,26 @@ def test_a_signal_keeps_finished_shards(tmp_path: Path, sharded: Path) -> None:
     assert len(list((folder / "out").glob("*.safetensors"))) == 2
     assert litter(tmp_path) == ["out.partial"]
     compress(sharded, tmp_path / "out", OLD)  # another run without --resume starts afresh
+    assert litter(tmp_path) == []
+
+
+@pytest.mark.usefixtures("stopping")
+def test_a_signal_after_the_rename_leaves_the_output_and_no_stage(
+    tmp_path: Path, sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    compress(sharded, whole, NEW, shard=SHARD)
+    compress(sharded, out, OLD)
+    commit = Stage._commit
+
+    def commit_and_stop(self: Stage) -> None:
+        commit(self)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Stage, "_commit", commit_and_stop)
+    with pytest.raises(Interrupted):
+        compress(sharded, out, NEW, shard=SHARD, overwrite=True)
+    assert tree(out) == tree(whole)
     assert litter(tmp_path) == []
 
 

@@ -10,12 +10,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from compress.checkpoint.destination import check_out
 from compress.checkpoint.manifest import FileRecord
 from compress.checkpoint.stage import Stage
 from compress.tensor import DTYPES
-
-__all__ = ["SafetensorsWriter", "check_out", "header_bytes", "nbytes_of"]
 
 _WRITE_CHUNK = 1 << 20  # still in the cache when it is copied, right after it was hashed
 _WRITEBACK_BYTES = 64 << 20

@@ -144,7 +144,7 @@ class Pass:
         return True
 
     def survey(self, tensor: Tensor) -> Any:
-        """A statistic of one tile; None where this one tells nothing."""
+        """A statistic of one tile; None where it tells nothing. It keeps no array of the tile."""
         raise NotImplementedError
 
     def survey_bytes(self, infos: list[TensorInfo]) -> int:

@@ -2,38 +2,9 @@
 
 A super weight (Yu et al., arXiv 2411.07191) sits in an early down projection: one intermediate
 neuron fires on the first token and writes one enormous value into the residual stream, through
-one or a few entries of one column. Detection needs no data. With D, G, U the down, gate and up
-matrices of a gated MLP, entry (j, k) carries at most
-
-    s[j, k] = |D[j, k]| * f[k],      f[k] = ||G[k, :]|| * ||U[k, :]||,
-
-which ranks published super weights first in their layers. But some entry is first in every layer,
-so a rank is no evidence. The largest entry of column k is accepted when all of these hold:
-
-    own layer's scores   A = s / rms(s over the matrix)                         >= 24
-    own matrix           |D[j, k]| / rms(D)                                     >= 10
-    own column and fan   Z = |D[j, k]| / rms(rest of its column) * sqrt(f[k] / median f),
-                         over the 8th largest Z of any column in its layer      >= 2.25
-    other layers         Z over the median of those 8th largest Z of all layers >= 3
-
-The column's own scale is divided out because trained matrices have columns that are large as a
-whole; the root weighs the neuron's reach and the entry's dominance alike. The 8th largest Z stands
-for how far the tail of an ordinary layer of this size reaches, so nothing depends on the size of
-the model, and up to seven super-weight columns in one layer do not hide each other. The rest of a
-column's scale is taken to be at least half of rms(D), so that a nearly empty column proves nothing.
-
-A column that is accepted brings its fan-out along: further entries with A >= 12, at least 7 times
-the rms of the column without them and all larger ones, and a quarter of the largest. (Published
-super weights in one column are mostly harmless one by one and lethal together: they are protected
-as a group.)
-
-The constants lie between the two groups in a trained 6.8 M Llama with known massive activations
-(accepted: A 35, Z ratios 2.6 and 3.7; largest rejected, in the same layer: 19, 1.9 and 2.7; other
-layers at most 11, 1.7), a trained 260 K Llama with none (10, 1.9), and synthetic Llamas of 3 M to
-1 B shapes with planted single entries (A >= 29, ratio >= 5; without them the ratio is at most 2.0).
-The rule was not fitted to models of billions of weights, where the published margins are far larger
-(reach 27 to 38 times the median); on an already sparse model (above about 90 % zeros) columns hold
-too few weights for it to mean much.
+one or a few entries of one column. Detection needs no data: three sweeps over the weights find the
+gated MLPs, the norms of the rows of gate and up, and what stands out in down. The rule and its
+constants: `compress.solvers.massive_columns`. Published and named places are kept as well.
 """
 
 from __future__ import annotations
@@ -44,31 +15,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from compress import kernels
 from compress.errors import InputError, UsageError, show
 from compress.passes.base import Pass, Terms, option
 from compress.passes.published_super_weights import candidates
 from compress.roles import GatedMlp, gated_mlps
+from compress.solvers import massive_columns
+from compress.solvers.massive_columns import F64, Columns, Layer
 from compress.tensor import Array, Outliers, Role, Tensor, TensorInfo
 
-F64 = NDArray[np.float64]
-I64 = NDArray[np.int64]
-
-MIN_SCORE = 24.0
-MIN_MAGNITUDE = 10.0
-MIN_OWN_RATIO = 2.25
-MIN_MODEL_RATIO = 3.0
-MIN_COMPANION_SCORE = 12.0
-MIN_COMPANION_DOMINANCE = 7.0
-MIN_COMPANION_SHARE = 0.25  # of the column's largest
-BACKGROUND_RANK = 8
-COLUMN_FLOOR = 0.5
 PUBLISHED_RANK = 64  # a published place must hold one of this many largest scores or weights
 
-_TOP = 4096  # entries remembered by score and by magnitude, a layer
-_BLOCK = 1 << 18  # weights looked at together: stays in the cache
 # Last parts of the names a gated MLP's down projection goes by: for estimates before the headers
 # were looked at together. What is searched is decided by `gated_mlps`.
 _DOWN = re.compile(r"(?:^|.*\.)(?:down_proj|down|w2|wo|Wo)(?:\.weight)?")
@@ -92,71 +50,10 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class _Top:
-    """The `_TOP` largest entries of a matrix by some measure, largest first."""
-
-    measure: F64
-    rows: I64
-    columns: I64
-    values: F64
-
-    def with_(self, other: _Top) -> _Top:
-        """The largest of both; equal ones by row, then column."""
-        joined = [
-            np.concatenate([getattr(self, name), getattr(other, name)])
-            for name in ("measure", "rows", "columns", "values")
-        ]
-        order = np.lexsort((joined[2], joined[1], -joined[0]))[:_TOP]
-        return _Top(*(part[order] for part in joined))
-
-    @property
-    def least(self) -> float:
-        """What an entry must exceed (or equal) to belong here."""
-        return float(self.measure[-1]) if self.measure.size >= _TOP else 0.0
-
-    def rank(self, row: int, column: int) -> int | None:
-        """From 1, or None for an entry that is not among them."""
-        found = np.flatnonzero((self.rows == row) & (self.columns == column))
-        return int(found[0]) + 1 if found.size else None
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """What is remembered of the rows of a down projection seen so far.
-
-    squares, largest  float64 [columns]: sum of squares and largest magnitude
-    largest_row       int64 [columns]
-    named             values at places given by hand
-    """
-
-    rows: int
-    squares: F64
-    largest: F64
-    largest_row: I64
-    by_score: _Top
-    by_magnitude: _Top
-    named: Mapping[tuple[int, int], float]
-
-    def with_(self, later: _Columns) -> _Columns:
-        """This and rows further down."""
-        larger = later.largest > self.largest
-        return _Columns(
-            self.rows + later.rows,
-            self.squares + later.squares,
-            np.where(larger, later.largest, self.largest),
-            np.where(larger, later.largest_row, self.largest_row),
-            self.by_score.with_(later.by_score),
-            self.by_magnitude.with_(later.by_magnitude),
-            {**self.named, **later.named},
-        )
-
-
-@dataclass(frozen=True)
 class _Search:
     """Where a search stands: the MLPs, the places named by hand, and f once it is known."""
 
     mlps: tuple[GatedMlp, ...]
-    shapes: Mapping[str, tuple[int, int]]
     named: Mapping[str, tuple[tuple[int, int], ...]]
     reach: Mapping[str, F64] | None = None  # down projection -> f, float64 [columns]
 
@@ -301,7 +198,7 @@ class SuperWeights(Pass):
         return info.name in self.search.reach
 
     def survey(self, tensor: Tensor) -> dict[str, Any] | None:
-        """Squared row norms of a gate or up tile, or `_Columns` of a down tile.
+        """Squared row norms of a gate or up tile, or `Columns` of a down tile.
 
         Raises InputError for a NaN or an infinity.
         """
@@ -309,8 +206,14 @@ class SuperWeights(Pass):
         if search is None or not self.surveys(tensor.info):
             return None
         if search.reach is None:
-            return {name: [(tensor.first_row, _squared_norms(tensor))]}
-        return {name: _columns(tensor, search.reach[name], search.named.get(name, ()))}
+            return {name: [(tensor.first_row, massive_columns.squared_norms(_working(tensor)))]}
+        values, first = _working(tensor), tensor.first_row
+        named = {
+            (row, column): float(tensor.source[row - first, column])
+            for row, column in search.named.get(name, ())
+            if first <= row < first + values.shape[0]
+        }
+        return {name: massive_columns.tile_columns(values, first, search.reach[name], named)}
 
     def merge(self, a: Any, b: Any) -> Any:
         """Join statistics of different tensors, and of rows of one tensor in order."""
@@ -320,7 +223,7 @@ class SuperWeights(Pass):
         for name, later in b.items():
             if name not in joined:
                 joined[name] = later
-            elif isinstance(later, _Columns):
+            elif isinstance(later, Columns):
                 joined[name] = joined[name].with_(later)
             else:
                 joined[name] = joined[name] + later
@@ -331,15 +234,19 @@ class SuperWeights(Pass):
         if self.search is None:
             return self._start(infos)
         if self.search.reach is None:
-            return replace(self, search=_with_reach(self.search, statistic or {}))
+            norms, rows = statistic or {}, massive_columns.row_norms
+            reach = {
+                mlp.down: rows(norms[mlp.gate], mlp.gate_rows) * rows(norms[mlp.up], mlp.up_rows)
+                for mlp in self.search.mlps
+            }
+            return replace(self, search=replace(self.search, reach=reach))
         return self._accept(self.search, statistic or {})
 
     def _start(self, infos: Sequence[TensorInfo]) -> SuperWeights:
         mlps = gated_mlps(infos)
         named = self._resolve(infos, mlps)
         searched = () if self.method == "named" else tuple(mlps)
-        shapes = {mlp.down: _shape(infos, mlp.down) for mlp in searched}
-        started = replace(self, search=_Search(searched, shapes, named))
+        started = replace(self, search=_Search(searched, named))
         if searched:
             return started
         layers = {mlp.down: mlp.layer for mlp in mlps}
@@ -351,18 +258,18 @@ class SuperWeights(Pass):
         reason = "only named coordinates" if self.method == "named" else "no gated MLP"
         return started._decided(entries, {"reason": reason, "layers_searched": 0})
 
-    def _accept(self, search: _Search, statistic: Mapping[str, _Columns]) -> SuperWeights:
+    def _accept(self, search: _Search, statistic: Mapping[str, Columns]) -> SuperWeights:
         """Judge every layer against itself and the others."""
         layers = [
-            _Layer.of(mlp, statistic[mlp.down], search.reach[mlp.down])
+            _Judged(mlp, Layer.of(statistic[mlp.down], search.reach[mlp.down]))
             for mlp in search.mlps
             if search.reach is not None and mlp.down in statistic
         ]
-        background = float(np.median([one.background for one in layers])) if layers else 0.0
+        background = float(np.median([one.layer.background for one in layers])) if layers else 0.0
         found: dict[tuple[str, int, int], Entry] = {}
         for one in layers:
-            for entry in one.accepted(background, self.max_per_layer):
-                found[entry.tensor, entry.row, entry.column] = entry
+            for row, column in one.layer.accepted(background, self.max_per_layer):
+                found[one.mlp.down, row, column] = one.entry(row, column, SCORE)
         if self.published:
             for entry in _published(layers):
                 found[entry.tensor, entry.row, entry.column] = entry
@@ -378,15 +285,14 @@ class SuperWeights(Pass):
         report: dict[str, Any] = {"layers_searched": len(layers)}
         if not found:
             report["reason"] = "no weight stands out of its column, its layer and the other layers"
-        strongest = max(layers, key=lambda one: one.ratios.max(initial=0.0), default=None)
-        if strongest is not None and strongest.ratios.size:
-            column = int(strongest.ratios.argmax())
-            row = int(strongest.columns.largest_row[column])
-            entry = strongest.entry(row, column, SCORE)
+        strongest = max(layers, key=lambda one: one.layer.ratios.max(initial=0.0), default=None)
+        place = None if strongest is None else strongest.layer.strongest()
+        if strongest is not None and place is not None:
+            entry = strongest.entry(*place, SCORE)
             report["strongest"] = _plain(replace(entry, confidence="not accepted")) | {
-                "accepted": (entry.tensor, row, column) in found,
-                "ratio_asked": MIN_OWN_RATIO,
-                "score_asked": MIN_SCORE,
+                "accepted": (entry.tensor, *place) in found,
+                "ratio_asked": massive_columns.MIN_OWN_RATIO,
+                "score_asked": massive_columns.MIN_SCORE,
             }
             del report["strongest"]["confidence"]
         return self._decided(list(found.values()), report)
@@ -421,145 +327,30 @@ class SuperWeights(Pass):
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """A down projection with its columns' ratios. Arrays are float64 [columns]."""
+class _Judged:
+    """A gated MLP and what was measured of its down projection."""
 
     mlp: GatedMlp
-    columns: _Columns
-    reach: F64
-    typical_reach: float
-    rms: float  # of the matrix
-    score_rms: float
-    ratios: F64  # Z over the background; 0 where the background is
-    background: float
-
-    @classmethod
-    def of(cls, mlp: GatedMlp, columns: _Columns, reach: F64) -> _Layer:
-        size = max(1, columns.rows * reach.size)
-        rms = float(np.sqrt(columns.squares.sum() / size))
-        score_rms = float(np.sqrt((columns.squares * reach**2).sum() / size))
-        live = reach[reach > 0]
-        typical = float(np.median(live)) if live.size else 1.0
-        layer = cls(mlp, columns, reach, typical, rms, score_rms, np.zeros_like(reach), 0.0)
-        strength = np.array([], np.float64)
-        if rms and score_rms:
-            rest = columns.squares - columns.largest**2
-            strength = layer._strength(columns.largest, rest, np.arange(reach.size), 1)
-        if not strength.size:
-            return layer
-        place = min(BACKGROUND_RANK, strength.size)
-        background = float(np.partition(strength, -place)[-place])
-        ratios = strength / background if background else np.zeros_like(strength)
-        return replace(layer, ratios=ratios, background=background)
-
-    def _strength(self, magnitudes: F64, rest: F64, columns: I64, taken: int) -> F64:
-        """Z of entries; `rest` is the sum of squares of their columns without `taken` entries."""
-        dominance = magnitudes / self._rest_rms(rest, taken)
-        return np.asarray(dominance * np.sqrt(self.reach[columns] / self.typical_reach))
-
-    def _rest_rms(self, rest: F64, taken: int) -> F64:
-        mean = np.maximum(rest, 0) / max(1, self.columns.rows - taken)
-        return np.maximum(np.sqrt(mean), COLUMN_FLOOR * self.rms)
-
-    def accepted(self, model_background: float, most: int) -> list[Entry]:
-        """The entries of the columns that pass, strongest column first, at most `most`."""
-        if not self.background:
-            return []
-        largest = self.columns.largest
-        passes = (
-            (largest * self.reach >= MIN_SCORE * self.score_rms)
-            & (largest >= MIN_MAGNITUDE * self.rms)
-            & (self.ratios >= MIN_OWN_RATIO)
-            & (self.ratios * self.background >= MIN_MODEL_RATIO * model_background)
-        )
-        chosen = np.flatnonzero(passes)
-        chosen = chosen[np.argsort(-self.ratios[chosen], kind="stable")]
-        found: list[Entry] = []
-        for column in chosen.tolist():
-            rows = [int(self.columns.largest_row[column]), *self._companions(column)]
-            found += [self.entry(row, column, SCORE) for row in rows]
-        return found[:most]
-
-    def _companions(self, column: int) -> list[int]:
-        """Further rows of an accepted column that stand out of what is left of it."""
-        top = self.columns.by_score
-        here = top.columns == column
-        rows, sizes = top.rows[here], np.abs(top.values[here])
-        rest = float(self.columns.squares[column])
-        found: list[int] = []
-        least = MIN_COMPANION_SHARE * float(self.columns.largest[column])
-        for taken, (row, size) in enumerate(zip(rows.tolist(), sizes.tolist(), strict=True), 1):
-            rest -= size**2
-            if taken == 1:
-                continue  # the largest entry itself
-            dominance = size / float(self._rest_rms(np.array(rest), taken))
-            score = size * float(self.reach[column]) / self.score_rms
-            if size < least or dominance < MIN_COMPANION_DOMINANCE or score < MIN_COMPANION_SCORE:
-                break
-            found.append(row)
-        return found
+    layer: Layer
 
     def entry(self, row: int, column: int, confidence: str) -> Entry:
         """An entry with what is known of it."""
-        top = self.columns.by_score
-        rank = top.rank(row, column)
-        value = self.columns.named.get((row, column))
-        if rank is not None:
-            value = float(top.values[rank - 1])
-        elif value is None:
-            place = self.columns.by_magnitude.rank(row, column)
-            value = None if place is None else float(self.columns.by_magnitude.values[place - 1])
-        if value is None or not self.score_rms or not self.background:
-            return Entry(self.mlp.down, self.mlp.layer, row, column, confidence, value)
-        size = np.array([abs(value)])
-        rest = self.columns.squares[[column]] - size**2
-        strength = self._strength(size, rest, np.array([column]), 1)
-        return Entry(
-            self.mlp.down,
-            self.mlp.layer,
-            row,
-            column,
-            confidence,
-            value,
-            score=float(size[0] * self.reach[column] / self.score_rms),
-            ratio=float(strength[0] / self.background),
-            rank=rank,
-        )
+        known = vars(self.layer.measured(row, column))
+        return Entry(self.mlp.down, self.mlp.layer, row, column, confidence, **known)
 
 
-def _published(layers: Sequence[_Layer]) -> list[Entry]:
+def _published(layers: Sequence[_Judged]) -> list[Entry]:
     """Published places of models of this shape that hold one of their layer's largest weights."""
-    shapes = {(one.columns.rows, one.reach.size) for one in layers}
+    shapes = {(one.layer.columns.rows, one.layer.reach.size) for one in layers}
     if len(shapes) != 1:
         return []
     by_layer = {one.mlp.layer: one for one in layers}
     found = []
     for number, row, column in candidates(len(layers), *shapes.pop()):
         one = by_layer.get(number)
-        if one is None:
-            continue
-        ranks = (one.columns.by_score.rank(row, column), one.columns.by_magnitude.rank(row, column))
-        if any(rank is not None and rank <= PUBLISHED_RANK for rank in ranks):
+        if one is not None and one.layer.among_largest(row, column, PUBLISHED_RANK):
             found.append(one.entry(row, column, PUBLISHED))
     return found
-
-
-def _with_reach(search: _Search, norms: Mapping[str, list[tuple[int, F64]]]) -> _Search:
-    """f of every MLP from the squared row norms of its gate and up."""
-
-    def rows(name: str, part: slice | None) -> F64:
-        parts = sorted(norms[name], key=lambda item: item[0])
-        squares = np.concatenate([values for _, values in parts])
-        lengths: F64 = np.sqrt(squares if part is None else squares[part])
-        return lengths
-
-    reach = {
-        mlp.down: rows(mlp.gate, mlp.gate_rows) * rows(mlp.up, mlp.up_rows) for mlp in search.mlps
-    }
-    return replace(search, reach=reach)
-
-
-# ---------------------------------------------------------------- one tile
 
 
 def _working(tensor: Tensor) -> Array:
@@ -576,86 +367,6 @@ def _working(tensor: Tensor) -> Array:
             hint="such weights cannot be ranked: repair the checkpoint, or ignore this tensor",
         )
     return values
-
-
-def _squared_norms(tensor: Tensor) -> F64:
-    """float64 [rows]: squared norms of the rows of a tile."""
-    values = _working(tensor)
-    norms = np.empty(values.shape[0], np.float64)
-    with np.errstate(over="ignore"):
-        kernels.squared_norms(values, norms)
-    if not np.isfinite(norms).all():  # squares beyond float32
-        norms = (values.astype(np.float64) ** 2).sum(1)
-    return norms
-
-
-def _columns(tensor: Tensor, reach: F64, places: Sequence[tuple[int, int]]) -> _Columns:
-    """What a tile of a down projection adds."""
-    values = _working(tensor)
-    rows, width = values.shape
-    squares, largest = np.zeros(width), np.zeros(width)
-    largest_row = np.full(width, tensor.first_row, np.int64)
-    none = np.empty(0, np.float64)
-    empty = _Top(none, none.astype(np.int64), none.astype(np.int64), none)
-    by_score, by_magnitude = empty, empty
-    step = max(1, _BLOCK // max(1, width))
-    for start in range(0, rows, step):
-        block = values[start : start + step].astype(np.float32)
-        sizes = np.abs(block)
-        peaks = sizes.max(0).astype(np.float64)
-        squares += _column_squares(block)
-        first = tensor.first_row + start
-        larger = np.flatnonzero(peaks > largest)
-        largest_row[larger] = first + sizes[:, larger].argmax(0)
-        largest[larger] = peaks[larger]
-        by_score = _enter(by_score, block, sizes, peaks, reach, first)
-        by_magnitude = _enter(by_magnitude, block, sizes, peaks, np.ones_like(reach), first)
-    stop = tensor.first_row + rows
-    named = {
-        (row, column): float(tensor.source[row - tensor.first_row, column])
-        for row, column in places
-        if tensor.first_row <= row < stop
-    }
-    return _Columns(rows, squares, largest, largest_row, by_score, by_magnitude, named)
-
-
-def _column_squares(block: NDArray[np.float32]) -> F64:
-    """float64 [columns]: sums down the rows, one after another, so the same on every machine."""
-    with np.errstate(over="ignore"):
-        total = np.add.reduce(block * block, axis=0)
-    if not np.isfinite(total).all():  # squares beyond float32
-        total = np.add.reduce(block.astype(np.float64) ** 2, axis=0)
-    return np.asarray(total, np.float64)
-
-
-def _enter(
-    top: _Top,
-    block: NDArray[np.float32],
-    sizes: NDArray[np.float32],
-    peaks: F64,
-    weight: F64,
-    first_row: int,
-) -> _Top:
-    """`top` with the entries of a block whose size times their column's weight is large enough.
-
-    Only columns whose peak is large enough are looked into: after the first blocks, few are.
-    """
-    least = top.least
-    candidates_ = np.flatnonzero(peaks * weight > least)
-    if not candidates_.size:
-        return top
-    measure = sizes[:, candidates_] * weight[candidates_]
-    if not top.measure.size and measure.size > _TOP:
-        least = float(np.partition(measure, -_TOP, axis=None)[-_TOP])
-        rows, columns = np.nonzero(measure >= least)
-    else:
-        rows, columns = np.nonzero(measure > least)
-    places = candidates_[columns].astype(np.int64)
-    values = block[rows, places].astype(np.float64)
-    return top.with_(_Top(measure[rows, columns], rows + first_row, places, values))
-
-
-# ---------------------------------------------------------------- small things
 
 
 def _parse(text: str) -> tuple[int | str, int, int]:
@@ -678,20 +389,10 @@ def _layer_of(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _shape(infos: Sequence[TensorInfo], name: str) -> tuple[int, int]:
-    return next(info.matrix_shape for info in infos if info.name == name)
-
-
 def _plain(entry: Entry) -> dict[str, Any]:
     """An entry as JSON types, measurements rounded for reading."""
-    return {
-        "tensor": entry.tensor,
-        "layer": entry.layer,
-        "row": entry.row,
-        "column": entry.column,
-        "value": entry.value,
-        "score": None if entry.score is None else round(entry.score, 3),
-        "ratio": None if entry.ratio is None else round(entry.ratio, 3),
-        "rank": entry.rank,
-        "confidence": entry.confidence,
-    }
+    names = ("tensor", "layer", "row", "column", "value", "score", "ratio", "rank", "confidence")
+    plain = {name: getattr(entry, name) for name in names}
+    for name in ("score", "ratio"):
+        plain[name] = None if plain[name] is None else round(plain[name], 3)
+    return plain
