@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from compress.interrupts import deferred
 from compress.tiles import Tile
 
 R = TypeVar("R")
@@ -32,7 +33,8 @@ def map_tiles(
                     oldest, future = pending.popleft()
                     yield oldest, future.result()
                     in_flight -= oldest.cost
-                pending.append((tile, pool.submit(work, tile)))
+                with deferred():  # a signal while a thread starts would leave it half begun
+                    pending.append((tile, pool.submit(work, tile)))
                 in_flight += tile.cost
             while pending:
                 oldest, future = pending.popleft()
