@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -201,11 +200,6 @@ def test_words_that_cannot_be_are_usage_errors(tmp_path: Path, words: list[str])
 @pytest.mark.parametrize("words", [["quantize:bits=4"], ["prune", "--format", "native"]], ids=str)
 def test_the_bound_on_memory_holds_and_is_near(tmp_path: Path, words: list[str]) -> None:
     model = tiny_llama(tmp_path / "model", hidden=1024, ffn=4096, dtype=ml_dtypes.bfloat16)
-    bench = Path(__file__).resolve().parent.parent / "bench"
-    sys.path.insert(0, str(bench))
-    try:
-        from memory import measure
-    finally:
-        sys.path.remove(str(bench))
-    planned, measured = measure(model, words)
-    assert measured <= planned <= 2 * measured
+    planned = tool_json("plan", model, *words)["peak_memory"]
+    totals = tool_json("run", model, "-o", tmp_path / "out", *words)["totals"]
+    assert totals["peak_memory"] <= planned <= 2 * totals["peak_memory"]
