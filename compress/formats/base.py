@@ -10,6 +10,7 @@ whole tensor, ceil(nonzeros * bits / 8) bytes, without padding of rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -52,7 +53,7 @@ class Entry:
     terms: Terms
 
 
-class Format:
+class Format(ABC):
     """Base of every format."""
 
     name: ClassVar[str]
@@ -77,17 +78,17 @@ class Format:
         """
         return None
 
+    @abstractmethod
     def layout(self, info: TensorInfo, terms: Terms) -> list[ArraySpec]:
         """The arrays of a changed tensor, in the order they are written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pack(self, tensor: Tensor, terms: Terms) -> Named:
         """The arrays of one tile, named, shaped and typed as `layout` says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self, entry: Entry, fetch: Fetch) -> Tensor:
         """The tensor with its terms, from stored arrays. `source` is an empty stand-in."""
-        raise NotImplementedError
 
     def extra_files(
         self, entries: Sequence[Entry], config: dict[str, Any] | None, infos: Sequence[TensorInfo]

@@ -7,9 +7,10 @@ surveys: map (`survey`), associative reduce (`merge`), then `decide` returns the
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from compress.errors import UsageError
 from compress.tensor import Role, Tensor, TensorInfo
@@ -18,8 +19,6 @@ from compress.tensor import Role, Tensor, TensorInfo
 WEIGHT_ROLES = frozenset({Role.LINEAR, Role.CONV, Role.CONV1D, Role.EXPERTS})
 # Roles that a pass may be pointed at by name, beyond those.
 NAMED_ROLES = WEIGHT_ROLES | {Role.EMBEDDING, Role.HEAD, Role.POSITION, Role.UNCLEAR, Role.ROUTER}
-
-T = TypeVar("T")
 
 
 def option(
@@ -94,7 +93,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """Base of every pass. Subclasses are frozen dataclasses too; fields come from `option`."""
 
     name: ClassVar[str]  # as typed: "prune"
@@ -119,9 +118,9 @@ class Pass:
     def check_all(self, infos: list[TensorInfo]) -> None:
         """Refuse the targeted tensors together (UsageError), e.g. a floor that cannot be met."""
 
+    @abstractmethod
     def predict(self, info: TensorInfo, terms: Terms) -> Terms:
         """The terms after this pass, from the header alone or, once decided, exactly."""
-        raise NotImplementedError
 
     def bind(self, info: TensorInfo, earlier: Sequence[Pass], *, base_stands_alone: bool) -> Pass:
         """The pass as it works on one tensor, after the passes `earlier` that work on it too.
@@ -145,7 +144,7 @@ class Pass:
 
     def survey(self, tensor: Tensor) -> Any:
         """A statistic of one tile; None where it tells nothing. It keeps no array of the tile."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} makes no survey")
 
     def survey_bytes(self, infos: list[TensorInfo]) -> int:
         """Bytes that all sweeps together read, at most; infos are the targets."""
@@ -153,18 +152,18 @@ class Pass:
 
     def merge(self, a: Any, b: Any) -> Any:
         """Combine two statistics; associative. Called in order of (tensor, first row)."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} makes no survey")
 
     def decide(self, statistic: Any, infos: list[TensorInfo]) -> Pass:
         """The pass after a sweep; it may want another. `infos` are its targets in order.
 
         `statistic` is None where nothing was surveyed.
         """
-        raise NotImplementedError
+        raise TypeError(f"{self.name} makes no survey")
 
+    @abstractmethod
     def apply(self, tensor: Tensor) -> Tensor:
         """Write this pass's term. Pure: arrays of the input are not changed."""
-        raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
         """What a decided pass found, for the report (JSON types only)."""
