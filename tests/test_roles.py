@@ -106,9 +106,10 @@ def test_separate_fused_experts_need_the_hidden_size() -> None:
     ["_" * 100_000, "a." * 50_000, "ln_" * 40 + "!", "proj" * 20_000 + "!", "(a+)+$", "", "\0.w"],
 )
 def test_hostile_names_take_no_time(name: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assign_roles([info(name, 4, 4), info(name + ".weight", 4, 4)], None)
-    assert time.perf_counter() - start < 0.5
+    # Milliseconds; a pattern that backtracks without bound would take hours.
+    assert time.process_time() - start < 5
 
 
 def tensors(name: str) -> list[TensorInfo]:

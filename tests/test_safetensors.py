@@ -213,14 +213,17 @@ def test_a_sparse_8_gib_tensor_opens_without_memory(tmp_path: Path) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
-def test_100_000_tensors_open_in_two_seconds(tmp_path: Path) -> None:
-    names = [f"model.layers.{i // 7}.mlp.experts.{i % 7}.w{i}.weight" for i in range(100_000)]
-    path = write_safetensors(tmp_path / "m.safetensors", {n: ("U8", [1], b"x") for n in names})
-    start = time.process_time()
-    with open_checkpoint(path) as checkpoint:
-        assert len(checkpoint.infos()) == 100_000
-    # The promise is 2 s on an idle machine; processor time on a shared one doubles at times.
-    assert time.process_time() - start < 4
+def test_opening_many_tensors_is_linear(tmp_path: Path) -> None:
+    def seconds(count: int) -> float:
+        names = [f"model.layers.{i // 7}.mlp.experts.{i % 7}.w{i}.weight" for i in range(count)]
+        path = write_safetensors(tmp_path / "m.safetensors", {n: ("U8", [1], b"x") for n in names})
+        start = time.process_time()
+        with open_checkpoint(path) as checkpoint:
+            assert len(checkpoint.infos()) == count
+        return time.process_time() - start
+
+    # Ten times the tensors: ten times the time if linear, a hundred if pairs are compared.
+    assert seconds(100_000) < 30 * min(seconds(10_000) for _ in range(2))
 
 
 def test_metadata_and_aliases(tmp_path: Path) -> None:
