@@ -29,6 +29,10 @@ struct QuantizeArgs {
   double* sums;         // [rows, 3]
 };
 
+namespace cpu {
+struct LinearArgs;
+}
+
 // One entry per operation; a table per instruction set.
 struct Kernels {
   const char* name;
@@ -59,12 +63,16 @@ struct Kernels {
                      double* sums);
   void (*squared_norms)(const uint8_t* weights, Kind kind, size_t rows, size_t columns,
                         double* out);
+  // Products with packed matrices: cpu/product.h.
+  void (*pack_tiles)(const uint8_t* codes, size_t rows, size_t columns, int bits, size_t group_size,
+                     uint8_t* out);
+  bool (*linear)(const cpu::LinearArgs& args);
 };
 
 namespace cpu {
 
 // The tables that this machine can run, the best one last. Returns how many.
-constexpr int kMaxTables = 3;
+constexpr int kMaxTables = 4;
 int available(const Kernels* tables[kMaxTables]);
 
 }  // namespace cpu

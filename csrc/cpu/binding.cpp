@@ -17,6 +17,8 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "product.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 using compress::Kernels;
@@ -238,6 +240,43 @@ void squared_norms(const Bytes& w, int kind, size_t rows, size_t columns,
   kernels().squared_norms(w.data(), checked(kind), rows, columns, out.data());
 }
 
+void pack_tiles(const Bytes& codes, size_t rows, size_t columns, int bits, size_t group_size,
+                const OutBytes& out) {
+  require(bits == 2 || bits == 4 || bits == 8, "bits must be 2, 4 or 8");
+  require(codes.size() == product(rows, columns), "codes: wrong size");
+  const size_t groups = groups_of(columns, group_size);  // also: group_size is positive
+  const auto padded = [](size_t n) {
+    constexpr size_t block = compress::cpu::kMaxBlock, pad = compress::cpu::kPad;
+    return n / block * block + groups_of(n % block, pad) * pad;
+  };
+  const size_t whole = groups ? columns / group_size : 0;
+  const size_t wide = product(whole, padded(group_size)) + padded(columns - whole * group_size);
+  const size_t tiles = groups_of(rows, compress::cpu::kTileRows);
+  require(out.size() == product(tiles, product(wide, 2 * static_cast<size_t>(bits))),
+          "out: wrong size");
+  const Release release;
+  kernels().pack_tiles(codes.data(), rows, columns, bits, group_size, out.data());
+}
+
+void linear(const Bytes& packed, const Bytes& x, int x_kind, size_t batch, const OutBytes& y,
+            int y_kind, bool exact, int threads) {
+  compress::cpu::Packed matrix;
+  const char* wrong = compress::cpu::parse(packed.data(), packed.size(), &matrix);
+  if (wrong) throw std::invalid_argument(std::string("packed: ") + wrong);
+  const Kind from = checked(x_kind), to = checked(y_kind);
+  require(x.size() == product(product(batch, matrix.columns), item_size(from)), "x: wrong size");
+  require(y.size() == product(product(batch, matrix.rows), item_size(to)), "y: wrong size");
+  require(threads > 0, "threads must be positive");
+  const compress::cpu::LinearArgs args{&matrix,  x.data(), from,  batch,
+                                       y.data(), to,       exact, threads};
+  bool done;
+  {
+    const Release release;
+    done = kernels().linear(args);
+  }
+  if (!done) throw std::bad_alloc();
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, module) {
@@ -277,4 +316,7 @@ NB_MODULE(_cpu, module) {
   module.def("add_low_rank", &add_low_rank);
   module.def("error_sums", &error_sums);
   module.def("squared_norms", &squared_norms);
+  module.def("pack_tiles", &pack_tiles);
+  module.def("linear", &linear);
+  module.def("pool_name", &compress::cpu::pool_name);
 }

@@ -19,6 +19,9 @@ extern const Kernels kTable;
 namespace avx512 {
 extern const Kernels kTable;
 }
+namespace avx512vnni {
+extern const Kernels kTable;
+}
 
 namespace {
 
@@ -39,11 +42,15 @@ int available(const Kernels* tables[kMaxTables]) {
   // These also ask whether the operating system saves the wide registers.
   const bool avx2_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
-                       has_f16c();
+                       __builtin_cpu_supports("fma") && has_f16c();
   if (avx2_ok) tables[count++] = &avx2::kTable;
   if (avx2_ok && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     tables[count++] = &avx512::kTable;
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vbmi2")) {
+      tables[count++] = &avx512vnni::kTable;
+    }
   }
 #endif
   return count;

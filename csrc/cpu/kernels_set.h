@@ -6,6 +6,8 @@
 #include <string.h>
 
 #include "../kernels.h"
+#include "product.h"
+#include "threads.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -37,6 +39,19 @@ enum Fold { kAdd, kMin, kMax };
 
 #include "kernels_impl.h"
 
+#if defined(__AVX512VNNI__)
+#include "product_blocks_vnni.h"
+#elif defined(__AVX2__)
+#include "product_blocks_avx2.h"
+#else
+#include "product_blocks_base.h"
+#endif
+
+// clang-format off: each uses the one before
+#include "product_codes_impl.h"
+#include "product_linear_impl.h"
+// clang-format on
+
 }  // namespace
 
 namespace COMPRESS_SET {
@@ -48,7 +63,7 @@ const Kernels kTable = {
     dequantize,        pack_bits,           unpack_bits,
     count_mask,        count_bits,          bitmask_compress,
     bitmask_expand,    add_low_rank,        error_sums,
-    squared_norms,
+    squared_norms,     pack_tiles,          linear,
 };
 
 }  // namespace COMPRESS_SET

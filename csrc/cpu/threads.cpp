@@ -1,0 +1,160 @@
+// Parallel loops without oversubscription.
+//
+// torch computes on the threads of the OpenMP runtime that it brings, and they spin for a while
+// after each loop. A second pool would fight with them for the processors, so products run on that
+// runtime's threads where it is loaded: GOMP_parallel is the entry point that GCC's own code calls.
+
+#include "threads.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
+
+namespace compress::cpu {
+namespace {
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+GompParallel find_openmp() {
+#if defined(__linux__)
+  return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+  return nullptr;
+#endif
+}
+
+struct Loop {
+  size_t count;
+  Task task;
+  void* context;
+  std::atomic<size_t> next{0};
+
+  void work() {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(context, i);
+  }
+};
+
+void work_on(void* loop) {
+  static_cast<Loop*>(loop)->work();
+}
+
+void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Threads that wait for loops: spinning for some microseconds, then asleep.
+class Pool {
+ public:
+  void run(Loop& loop, int threads) {
+    const std::unique_lock<std::mutex> alone(running_, std::try_to_lock);
+    if (!alone.owns_lock()) {
+      loop.work();
+      return;
+    }
+    const size_t helpers = static_cast<size_t>(threads - 1);
+    while (threads_.size() < helpers) {
+      const size_t number = threads_.size();
+      threads_.emplace_back([this, number] { serve(number); });
+    }
+    {
+      const std::lock_guard<std::mutex> hold(mutex_);
+      loop_ = &loop;
+      wanted_ = helpers;
+      busy_.store(helpers, std::memory_order_relaxed);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    loop.work();
+    for (int turns = 0; busy_.load(std::memory_order_acquire); ++turns) {
+      if (turns < kSpins) {
+        relax();
+      } else {
+        std::this_thread::yield();
+      }
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 20000;
+
+  void serve(size_t number) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int turns = 0; turns < kSpins; ++turns) {
+        if (generation_.load(std::memory_order_acquire) != seen) break;
+        relax();
+      }
+      std::unique_lock<std::mutex> hold(mutex_);
+      wake_.wait(hold, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+      seen = generation_.load(std::memory_order_relaxed);
+      if (number >= wanted_) continue;
+      Loop* loop = loop_;
+      hold.unlock();
+      loop->work();
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex running_, mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> threads_;
+  Loop* loop_ = nullptr;
+  size_t wanted_ = 0;
+  std::atomic<size_t> busy_{0};
+  std::atomic<uint64_t> generation_{0};
+};
+
+// Never destroyed: its threads outlive every static object. A forked child starts a new one.
+std::atomic<Pool*> current_pool{nullptr};
+
+Pool& pool() {
+  Pool* found = current_pool.load(std::memory_order_acquire);
+  if (found) return *found;
+  static std::mutex making;
+  const std::lock_guard<std::mutex> hold(making);
+  found = current_pool.load(std::memory_order_acquire);
+  if (found) return *found;
+#if defined(__unix__) || defined(__APPLE__)
+  static const int registered = pthread_atfork(
+      nullptr, nullptr, [] { current_pool.store(nullptr, std::memory_order_release); });
+  (void)registered;
+#endif
+  found = new Pool;
+  current_pool.store(found, std::memory_order_release);
+  return *found;
+}
+
+thread_local bool inside = false;
+
+}  // namespace
+
+void parallel_for(size_t count, int threads, Task task, void* context) {
+  Loop loop{count, task, context};
+  if (static_cast<size_t>(threads) > count) threads = static_cast<int>(count);
+  if (threads <= 1 || inside) {
+    loop.work();
+    return;
+  }
+  inside = true;
+  if (const GompParallel openmp = find_openmp()) {
+    openmp(work_on, &loop, static_cast<unsigned>(threads), 0);
+  } else {
+    pool().run(loop, threads);
+  }
+  inside = false;
+}
+
+const char* pool_name() {
+  return find_openmp() ? "openmp" : "own";
+}
+
+}  // namespace compress::cpu
