@@ -85,9 +85,10 @@ def blocks(columns: int, group_size: int) -> Iterator[tuple[int, int, int, int]]
 def interleave(values: Array) -> Array:
     """[rows, n] -> [tiles, n, 16]: what belongs to the rows of a tile side by side."""
     rows, n = values.shape
-    padded = np.zeros((tiles_of(rows) * TILE_ROWS, n), values.dtype)
+    tiles = tiles_of(rows)
+    padded = np.zeros((tiles * TILE_ROWS, n), values.dtype)
     padded[:rows] = values
-    return np.ascontiguousarray(padded.reshape(-1, TILE_ROWS, n).transpose(0, 2, 1))
+    return np.ascontiguousarray(padded.reshape(tiles, TILE_ROWS, n).transpose(0, 2, 1))
 
 
 def codes_segment(codes: Codes, first_column: int = 0) -> Segment:

@@ -2,15 +2,18 @@
 
     linear(x, packed, y, precision="exact", threads=2)
 
-`exact` rounds activations to 16 bits a block of at most 128 columns (two int8 planes where the
-processor multiplies bytes), `fast` to 8 bits. Weights that are no codes are multiplied in float32
-either way. A row's result does not depend on the other rows of the batch or on the threads.
+Activations that meet codes are rounded, a block of at most 128 columns at a time: `exact` to 16
+bits, `fast` to 8. One that is more than four times as large as all others of its block is multiplied
+alone, in float32, so that massive activations cost their neighbours nothing. Weights that are no
+codes are multiplied in float32 either way. A row's result does not depend on the other rows of the
+batch or on the threads.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,7 +24,7 @@ Array = NDArray[Any]
 U8 = NDArray[np.uint8]
 
 PRECISIONS = ("exact", "fast")
-_KINDS = {"float32": 0, "float16": 1, "bfloat16": 2}
+_KINDS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 
 
 def linear_shape(packed: U8) -> tuple[int, int]:
@@ -42,34 +45,48 @@ def linear(x: Array, packed: U8, y: Array, *, precision: str = "exact", threads:
     Raises TypeError for wrong dtypes, ValueError for wrong shapes and values; each names the
     argument.
     """
+    kinds = _KINDS.get(x.dtype), _KINDS.get(y.dtype)
+    check_options(precision, threads)
+    native = dispatch.current().native
+    ready = None not in kinds and _dense(x) and _dense(y) and y.flags.writeable
+    if native is None or not ready:
+        _check(x, packed, y)
+        reference_products.linear(x, packed, y, precision)
+        return
+    try:
+        native.linear(
+            packed,
+            x.reshape(-1).view(np.uint8),
+            kinds[0],
+            x.shape[0],
+            y.reshape(-1).view(np.uint8),
+            kinds[1],
+            precision == "exact",
+            threads,
+        )
+    except (TypeError, ValueError):  # nanobind's TypeError speaks of its own signature
+        _check(x, packed, y)  # the same in better words
+        raise
+
+
+def _dense(array: Array) -> bool:
+    return array.ndim == 2 and array.flags.c_contiguous
+
+
+def _check(x: Array, packed: U8, y: Array) -> None:
+    """Raises TypeError or ValueError that names the argument that does not fit."""
     out_features, in_features = linear_shape(packed)
-    if x.dtype.name not in _KINDS:
-        raise TypeError(f"x must be float32, float16 or bfloat16, not {x.dtype}")
-    if y.dtype.name not in _KINDS:
-        raise TypeError(f"y must be float32, float16 or bfloat16, not {y.dtype}")
+    for name, array in (("x", x), ("y", y)):
+        if array.dtype not in _KINDS:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16, not {array.dtype}")
+        if not array.flags.c_contiguous:
+            raise ValueError(f"{name} must be C-contiguous")
+    if not y.flags.writeable:
+        raise ValueError("y must be writable")
     if x.ndim != 2 or x.shape[1] != in_features:
         raise ValueError(f"x must be [batch, {in_features}], not {list(x.shape)}")
     if y.shape != (x.shape[0], out_features):
         raise ValueError(f"y must be [{x.shape[0]}, {out_features}], not {list(y.shape)}")
-    if not x.flags.c_contiguous:
-        raise ValueError("x must be C-contiguous")
-    if not (y.flags.c_contiguous and y.flags.writeable):
-        raise ValueError("y must be C-contiguous and writable")
-    check_options(precision, threads)
-    native = dispatch.current().native
-    if native is None:
-        reference_products.linear(x, packed, y, precision)
-        return
-    native.linear(
-        packed,
-        x.reshape(-1).view(np.uint8),
-        _KINDS[x.dtype.name],
-        x.shape[0],
-        y.reshape(-1).view(np.uint8),
-        _KINDS[y.dtype.name],
-        precision == "exact",
-        threads,
-    )
 
 
 def check_options(precision: str, threads: int) -> None:

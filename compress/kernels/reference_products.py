@@ -28,6 +28,7 @@ DTYPES = (
 )
 TOP = {"exact": 32512, "fast": 127}  # the largest integer an activation becomes
 SMALLEST = np.float32(2.0**-100)  # blocks of smaller activations count as zero
+MASSIVE = np.float32(4)  # times the next largest of the block
 
 
 class View(NamedTuple):
@@ -41,7 +42,8 @@ class View(NamedTuple):
         dtype = np.dtype(dtype)
         start = int(self.words[word])
         size = int(np.prod(shape)) * dtype.itemsize
-        return self.data[start : start + size].view(dtype).reshape(shape)
+        found: Array = self.data[start : start + size].view(dtype).reshape(shape)
+        return found
 
 
 def view(packed: U8) -> View:
@@ -85,7 +87,7 @@ def unpack_tiles(packed: U8, rows: int, columns: int, bits: int, group_size: int
     at = 0
     for column, length, padded, _ in blocks(columns, group_size):
         size = padded * TILE_ROWS // fields
-        step = packed[:, at : at + size].reshape(tiles, -1, TILE_ROWS, 1, 4)
+        step = packed[:, at : at + size].reshape(tiles, size // 64, TILE_ROWS, 1, 4)
         shifts = (np.arange(fields, dtype=np.uint8) * np.uint8(bits)).reshape(fields, 1)
         codes = (step >> shifts) & np.uint8((1 << bits) - 1)
         block = codes.transpose(0, 2, 1, 3, 4).reshape(tiles * TILE_ROWS, padded)
@@ -97,20 +99,44 @@ def unpack_tiles(packed: U8, rows: int, columns: int, bits: int, group_size: int
 def _rows_of(interleaved: Array, rows: int) -> Array:
     """[tiles, n, 16] -> [rows, n]."""
     tiles, n, _ = interleaved.shape
-    return interleaved.transpose(0, 2, 1).reshape(tiles * TILE_ROWS, n)[:rows]
+    matrix: Array = interleaved.transpose(0, 2, 1).reshape(tiles * TILE_ROWS, n)
+    return matrix[:rows]
 
 
-def round_activations(x: F32, top: int) -> tuple[NDArray[np.int64], F32]:
-    """x float32 [batch, block] -> integers and the scale of each row of the block."""
-    largest = np.abs(x).max(axis=1, initial=np.float32(0))
-    scale = (largest / np.float32(top)).astype(np.float32)
-    usable = np.isfinite(largest) & (largest >= SMALLEST)
+class Rounded(NamedTuple):
+    """A block of activations: x = integers * scale + massive, the latter mostly zero."""
+
+    integers: NDArray[np.int64]  # [batch, block]
+    scale: F32  # [batch]
+    massive: F32  # [batch, block]
+
+
+def round_activations(x: F32, top: int) -> Rounded:
+    """x float32 [batch, block], each row with a scale of its own.
+
+    The largest entry of a row is massive where it is more than 4 times as large as every other.
+    Rows with a NaN or an infinity get a NaN scale.
+    """
+    batch, length = x.shape
+    magnitudes = np.abs(x)
+    rows, place = np.arange(batch), np.argmax(magnitudes, axis=1)
+    largest = magnitudes[rows, place]
+    finite = np.isfinite(magnitudes).all(axis=1)
+    others = magnitudes.copy()
+    others[rows, place] = 0
+    second = others.max(axis=1, initial=np.float32(0))
+    alone = finite & (largest >= SMALLEST) & (largest > second * MASSIVE)
+    massive = np.zeros_like(x)
+    massive[rows[alone], place[alone]] = x[rows[alone], place[alone]]
+    rest = np.where(massive == 0, x, np.float32(0))
+    largest = np.where(alone, second, largest)
+    usable = finite & (largest >= SMALLEST)
+    scale = np.where(usable, largest / np.float32(top), np.float32(0)).astype(np.float32)
     inverse = np.divide(np.float32(top), largest, out=np.zeros_like(largest), where=usable)
     integers = np.zeros(x.shape, np.int64)
-    integers[usable] = np.rint(x[usable] * inverse[usable, None]).astype(np.int64)
-    scale[~usable] = 0
-    scale[~np.isfinite(largest)] = np.nan
-    return integers, scale
+    integers[usable] = np.rint(rest[usable] * inverse[usable, None]).astype(np.int64)
+    scale[~finite] = np.nan
+    return Rounded(integers, scale, massive)
 
 
 def _multiply_codes(v: View, at: int, x: F32, total: F32, precision: str) -> None:
@@ -128,11 +154,20 @@ def _multiply_codes(v: View, at: int, x: F32, total: F32, precision: str) -> Non
     zero = np.full((rows, groups), 1 << (bits - 1), np.int64)
     if v.words[at + 8]:
         zero = _rows_of(v.array(at + 8, np.uint8, shape), rows).astype(np.int64)
+    massive: list[tuple[int, int, np.float32]] = []
     for column, length, _, group in blocks(columns, group_size):
         block = slice(column, column + length)
-        integers, step = round_activations(x[:, block], TOP[precision])
-        sums = integers @ (codes[:, block] - zero[:, group, None]).T
-        total += sums.astype(np.float32) * (scale[:, group][None] * step[:, None])
+        rounded = round_activations(x[:, block], TOP[precision])
+        sums = rounded.integers @ (codes[:, block] - zero[:, group, None]).T
+        total += sums.astype(np.float32) * (scale[:, group][None] * rounded.scale[:, None])
+        massive += [(b, column + k, rounded.massive[b, k]) for b, k in _places(rounded.massive)]
+    for b, k, value in sorted(massive, key=lambda entry: entry[:2]):
+        group = k // group_size
+        total[b] += value * ((codes[:, k] - zero[:, group]).astype(np.float32) * scale[:, group])
+
+
+def _places(array: Array) -> list[tuple[int, int]]:
+    return [(int(b), int(k)) for b, k in np.argwhere(array)]
 
 
 def segments(v: View) -> Iterator[tuple[int, int, slice]]:

@@ -317,6 +317,7 @@ NB_MODULE(_cpu, module) {
   module.def("error_sums", &error_sums);
   module.def("squared_norms", &squared_norms);
   module.def("pack_tiles", &pack_tiles);
-  module.def("linear", &linear);
+  module.def("linear", &linear, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg());
   module.def("pool_name", &compress::cpu::pool_name);
 }

@@ -1,8 +1,8 @@
 // Sums over a block with AVX2. See product_blocks_base.h for what each name means.
 //
-// Codes of 2 and 4 bits are multiplied as unsigned bytes with int8 planes (vpmaddubsw), and pairs
-// are added up in 16 bits for as long as they fit. Codes of 8 bits would not fit: they are widened
-// to 16 bits and multiplied with 16-bit activations (vpmaddwd), which takes one plane.
+// Codes of 2 and 4 bits are multiplied as unsigned bytes with int8 activations (vpmaddubsw), and
+// pairs are added up in 16 bits for as long as they fit. Codes of 8 bits would not fit, and 16-bit
+// activations would take two such planes: there codes are widened to 16 bits (vpmaddwd).
 
 #pragma once
 
@@ -16,7 +16,12 @@ struct I {
 };
 
 constexpr size_t kMaxPlanes = 4;
-constexpr bool kWords[9] = {false, false, false, false, false, false, false, false, true};
+
+// Whether activations are int16 words instead of int8 planes. For one row, two planes cost less
+// than widening the codes.
+constexpr bool uses_words(int bits, bool exact, size_t batch) {
+  return bits == 8 || (exact && batch > 1);
+}
 
 COMPRESS_INLINE I i_zero_point(const uint8_t* zero) {
   const __m128i bytes = _mm_loadu_si128((const __m128i*)zero);
@@ -87,26 +92,49 @@ COMPRESS_INLINE __m256i spread4(const int8_t* x) {
   return _mm256_set1_epi32(four);
 }
 
-template <int Planes>
+// sum += term, here and now: GCC would first add terms to each other, and then needs more registers
+// than there are.
+COMPRESS_INLINE void add_words(__m256i& sum, __m256i term) {
+  sum = _mm256_add_epi16(sum, term);
+  __asm__("" : "+x"(sum));
+}
+COMPRESS_INLINE void add_integers(__m256i& sum, __m256i term) {
+  sum = _mm256_add_epi32(sum, term);
+  __asm__("" : "+x"(sum));
+}
+// The codes again, not kept in registers.
+COMPRESS_INLINE __m256i load_codes(const uint8_t* codes) {
+  __asm__("" : "+r"(codes));
+  return _mm256_loadu_si256((const __m256i*)codes);
+}
+
+// 16-bit activations: one plane a row of the batch.
+template <int Bits, int Planes>
 COMPRESS_INLINE void block_sums_words(const uint8_t* codes, const int8_t* x, size_t stride,
                                       size_t columns, I* sums) {
-  const __m256i even = _mm256_set1_epi16(0xFF);
-  for (int p = 0; p < Planes; ++p) sums[p] = i_set(0);
-  for (size_t k = 0; k < columns; k += 4, codes += 64) {
+  constexpr int fields = 8 / Bits;
+  const __m256i low = _mm256_set1_epi16((1 << Bits) - 1);
+  I total[Planes];
+  for (int p = 0; p < Planes; ++p) total[p] = i_set(0);
+  for (size_t k = 0; k < columns; k += 4 * fields, codes += 64) {
     if (Planes <= 2) __builtin_prefetch(codes + 2048);
-    const __m256i a = _mm256_loadu_si256((const __m256i*)codes);
-    const __m256i b = _mm256_loadu_si256((const __m256i*)(codes + 32));
-    const __m256i a0 = _mm256_and_si256(a, even), a1 = _mm256_srli_epi16(a, 8);
-    const __m256i b0 = _mm256_and_si256(b, even), b1 = _mm256_srli_epi16(b, 8);
-    for (int p = 0; p < Planes; ++p) {
-      const int8_t* at = x + (size_t)p * stride + 2 * k;
-      const __m256i x0 = spread4(at), x1 = spread4(at + 4);
-      sums[p].a = _mm256_add_epi32(
-          sums[p].a, _mm256_add_epi32(_mm256_madd_epi16(a0, x0), _mm256_madd_epi16(a1, x1)));
-      sums[p].b = _mm256_add_epi32(
-          sums[p].b, _mm256_add_epi32(_mm256_madd_epi16(b0, x0), _mm256_madd_epi16(b1, x1)));
+    for (int field = 0; field < 2 * fields; ++field) {
+      // Even columns of four first: in the low byte of each word; then odd ones.
+      const int shift = field / 2 * Bits + field % 2 * 8;
+      __m256i a = _mm256_srli_epi16(load_codes(codes), shift);
+      __m256i b = _mm256_srli_epi16(load_codes(codes + 32), shift);
+      if (shift + Bits < 16) {
+        a = _mm256_and_si256(a, low);
+        b = _mm256_and_si256(b, low);
+      }
+      for (int p = 0; p < Planes; ++p) {
+        const __m256i two = spread4(x + (size_t)p * stride + 2 * k + 4 * (size_t)field);
+        add_integers(total[p].a, _mm256_madd_epi16(a, two));
+        add_integers(total[p].b, _mm256_madd_epi16(b, two));
+      }
     }
   }
+  for (int p = 0; p < Planes; ++p) sums[p] = total[p];
 }
 
 // Steps whose products are added up in 16 bits: each adds 8 / Bits pairs of at most
@@ -114,34 +142,43 @@ COMPRESS_INLINE void block_sums_words(const uint8_t* codes, const int8_t* x, siz
 template <int Bits>
 constexpr size_t kNarrowSteps = Bits == 4 ? 4 : 8;
 
-template <int Bits, int Planes>
+// Totals live in memory while the inner loop needs every register; without this hint GCC keeps them
+// in registers and spills the loop's own.
+COMPRESS_INLINE void stay_in_memory(I* totals) {
+  __asm__ volatile("" : : "r"(totals) : "memory");
+}
+
+template <int Bits, bool Words, int Planes>
 COMPRESS_INLINE void block_sums(const uint8_t* codes, const int8_t* x, size_t stride,
                                 size_t columns, I* sums) {
-  if (Bits == 8) return block_sums_words<Planes>(codes, x, stride, columns, sums);
+  if (Words) return block_sums_words<Bits, Planes>(codes, x, stride, columns, sums);
   constexpr size_t fields = 8 / Bits, step = 4 * fields;
   const __m256i low = _mm256_set1_epi8((1 << Bits) - 1), ones = _mm256_set1_epi16(1);
   for (int p = 0; p < Planes; ++p) sums[p] = i_set(0);
+  if (Planes > 2) stay_in_memory(sums);
   for (size_t k = 0; k < columns;) {
     const size_t end = smaller(columns, k + step * kNarrowSteps<Bits>);
     __m256i narrow[Planes][2];
     for (int p = 0; p < Planes; ++p) narrow[p][0] = narrow[p][1] = _mm256_setzero_si256();
-    for (; k < end; k += step, codes += 64) {
+    do {
       if (Planes <= 2) __builtin_prefetch(codes + 2048);
-      const __m256i a = _mm256_loadu_si256((const __m256i*)codes);
-      const __m256i b = _mm256_loadu_si256((const __m256i*)(codes + 32));
       for (size_t field = 0; field < fields; ++field) {
-        const __m256i ca = _mm256_and_si256(_mm256_srli_epi16(a, (int)field * Bits), low);
-        const __m256i cb = _mm256_and_si256(_mm256_srli_epi16(b, (int)field * Bits), low);
+        const int shift = (int)field * Bits;
+        const __m256i ca = _mm256_and_si256(_mm256_srli_epi16(load_codes(codes), shift), low);
+        const __m256i cb = _mm256_and_si256(_mm256_srli_epi16(load_codes(codes + 32), shift), low);
         for (int p = 0; p < Planes; ++p) {
           const __m256i four = spread4(x + (size_t)p * stride + k + 4 * field);
-          narrow[p][0] = _mm256_add_epi16(narrow[p][0], _mm256_maddubs_epi16(ca, four));
-          narrow[p][1] = _mm256_add_epi16(narrow[p][1], _mm256_maddubs_epi16(cb, four));
+          add_words(narrow[p][0], _mm256_maddubs_epi16(ca, four));
+          add_words(narrow[p][1], _mm256_maddubs_epi16(cb, four));
         }
       }
-    }
+      k += step;
+      codes += 64;
+    } while (k < end);
     for (int p = 0; p < Planes; ++p) {
       sums[p] = i_add(
           sums[p], {_mm256_madd_epi16(narrow[p][0], ones), _mm256_madd_epi16(narrow[p][1], ones)});
     }
+    if (Planes > 2) stay_in_memory(sums);
   }
 }

@@ -16,8 +16,12 @@ struct I {
   int32_t v[16];
 };
 
-constexpr size_t kMaxPlanes = 4;     // planes of activations that one sweep serves
-constexpr bool kWords[9] = {false};  // [bits]: activations are int16 words, not int8 planes
+constexpr size_t kMaxPlanes = 4;  // planes of activations that one sweep serves
+
+// Whether activations are int16 words instead of int8 planes.
+constexpr bool uses_words(int, bool, size_t) {
+  return false;
+}
 
 COMPRESS_INLINE I i_zero_point(const uint8_t* zero) {
   I r;
@@ -81,7 +85,7 @@ COMPRESS_INLINE void i_store_words(I, int16_t*) {}
 
 // sums[p] = sums over `columns` (a multiple of 16) of codes times plane p of the activations,
 // whose planes lie `stride` bytes apart.
-template <int Bits, int Planes>
+template <int Bits, bool, int Planes>
 COMPRESS_INLINE void block_sums(const uint8_t* codes, const int8_t* x, size_t stride,
                                 size_t columns, I* sums) {
   constexpr int fields = 8 / Bits, top = (1 << Bits) - 1;

@@ -11,7 +11,10 @@
 typedef __m512i I;
 
 constexpr size_t kMaxPlanes = 8;
-constexpr bool kWords[9] = {false};
+
+constexpr bool uses_words(int, bool, size_t) {
+  return false;
+}
 
 COMPRESS_INLINE I i_zero_point(const uint8_t* zero) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)zero));
@@ -47,7 +50,7 @@ COMPRESS_INLINE void i_store_planes(I x, int8_t* high, int8_t* low) {
 }
 COMPRESS_INLINE void i_store_words(I, int16_t*) {}
 
-template <int Bits, int Planes>
+template <int Bits, bool, int Planes>
 COMPRESS_INLINE void block_sums(const uint8_t* codes, const int8_t* x, size_t stride,
                                 size_t columns, I* sums) {
   constexpr size_t fields = 8 / Bits, step = 4 * fields;

@@ -1,6 +1,7 @@
 // Products with codes: activations are rounded to integers a block at a time, block sums are exact
 // integers, and only their scaled totals are floats, added up in order of columns. So a result does
-// not depend on the instruction set, the number of threads or the other rows of the batch.
+// not depend on the instruction set, the number of threads or the other rows of the batch. An
+// activation that dwarfs its block would cost the others their bits: it is multiplied alone.
 
 struct Block {
   size_t column;  // in the segment
@@ -38,13 +39,22 @@ static bool make_blocks(const Segment& s, Blocks& blocks) {
   return true;
 }
 
+// A massive activation: taken out of its block, multiplied alone, in float32.
+struct Massive {
+  uint32_t block, place;  // the block, and the column in it
+  float value;
+};
+
 // Activations of one segment as integers.
 struct Activations {
-  int planes;          // a row's int8 planes, or one plane of int16 words
-  size_t plane_bytes;  // from one plane to the next
-  int8_t* values;      // [batch][planes][plane_bytes]
-  float* scale;        // [batch][blocks]
-  int32_t* sums;       // [batch][blocks], of a block's integers
+  bool words;               // int16 words instead of int8
+  int planes;               // of a row: 2 where int8 planes hold 16 bits
+  size_t plane_bytes;       // from one plane to the next
+  int8_t* values;           // [batch][planes][plane_bytes]
+  float* scale;             // [batch][blocks]
+  int32_t* sums;            // [batch][blocks], of a block's integers
+  Massive* massive;         // [batch][blocks], `massive_count` of them in use
+  uint32_t* massive_count;  // [batch]
 };
 
 // Sixteen activations from `x`, zeros behind `count`.
@@ -53,34 +63,82 @@ COMPRESS_INLINE F load_activations(const uint8_t* x, Kind kind, size_t count) {
   return kind == kFloat16 ? load_some<kFloat16>(x, count) : load_some<kBFloat16>(x, count);
 }
 
+COMPRESS_INLINE float magnitude(float x) {
+  return x < 0 ? -x : x;
+}
+
+constexpr float kMassive = 4.0f;  // times the next largest of the block
+
+// The place of an entry more than kMassive times as large as every other, or `length`; `next` is
+// then the largest of the others. `lanes` are the magnitudes of the lanes.
+static size_t find_massive(const float* x, size_t length, float largest, const uint32_t* lanes,
+                           float* next) {
+  int near = 0;
+  for (size_t i = 0; i < kLanes; ++i) {
+    float lane;
+    memcpy(&lane, lanes + i, 4);
+    near += lane * kMassive >= largest;
+  }
+  if (near != 1) return length;  // two lanes hold large ones: the usual case
+  size_t place = 0;
+  while (magnitude(x[place]) != largest) ++place;
+  float second = 0;
+  for (size_t i = 0; i < length; ++i) {
+    if (i != place) second = larger(second, magnitude(x[i]));
+  }
+  *next = second;
+  return largest > second * kMassive ? place : length;
+}
+
+struct Rounded {
+  float scale;
+  int32_t sum;
+  size_t massive;  // its place, or kMaxBlock
+  float value;
+};
+
 // One block: integers = rint(x * (top / largest)), scale = largest / top.
 template <bool Exact, bool Words>
-COMPRESS_INLINE void round_block(const uint8_t* x, Kind kind, const Block& block, int8_t* out,
-                                 size_t plane_bytes, float* scale, int32_t* sum) {
+COMPRESS_INLINE Rounded round_block(const uint8_t* x, Kind kind, const Block& block, int8_t* out,
+                                    size_t plane_bytes) {
   constexpr float top = Exact ? 32512.0f : 127.0f;
   constexpr float tiny = 0x1p-100f;  // smaller activations are zeros: their scale has no inverse
   const size_t item = kind == kFloat32 ? 4 : 2;
+  alignas(64) float wide[kMaxBlock];
   U worst = set1u(0);
-  for (size_t i = 0; i < block.length; i += kLanes) {
-    worst = umax(worst, abs_bits(load_activations(x + i * item, kind, block.length - i)));
+  for (size_t i = 0; i < block.padded; i += kLanes) {
+    F value = set1(0);
+    if (i < block.length) value = load_activations(x + i * item, kind, block.length - i);
+    worst = umax(worst, abs_bits(value));
+    store(wide + i, value);
   }
+  Rounded r{0, 0, kMaxBlock, 0};
   const uint32_t bits = reduce_umax(worst);
   float largest;
   memcpy(&largest, &bits, 4);
-  float inverse = 0;
-  *scale = 0;
   if (bits > 0x7F7FFFFFu) {
-    *scale = __builtin_nanf("");  // a NaN or an infinity makes the row's products NaN
+    r.scale = __builtin_nanf("");  // a NaN or an infinity makes the row's products NaN
+    largest = 0;
   } else if (largest >= tiny) {
+    uint32_t lanes[kLanes];
+    memcpy(lanes, &worst, sizeof lanes);
+    float next = 0;
+    const size_t place = find_massive(wide, block.length, largest, lanes, &next);
+    if (place < block.length) {
+      r.massive = place;
+      r.value = wide[place];
+      wide[place] = 0;
+      largest = next;
+    }
+  }
+  float inverse = 0;
+  if (largest >= tiny) {
     inverse = top / largest;
-    *scale = largest / top;
+    r.scale = largest / top;
   }
   I total = i_set(0);
   for (size_t i = 0; i < block.padded; i += kLanes) {
-    I q = i_set(0);
-    if (i < block.length && inverse != 0) {
-      q = i_from_float(mul(load_activations(x + i * item, kind, block.length - i), set1(inverse)));
-    }
+    const I q = inverse != 0 ? i_from_float(mul(load(wide + i), set1(inverse))) : i_set(0);
     total = i_add(total, q);
     if (Words) {
       i_store_words(q, (int16_t*)(out + 2 * i));
@@ -90,7 +148,8 @@ COMPRESS_INLINE void round_block(const uint8_t* x, Kind kind, const Block& block
       i_store_plane(q, out + i);
     }
   }
-  *sum = i_reduce_add(total);
+  r.sum = i_reduce_add(total);
+  return r;
 }
 
 struct RoundRows {
@@ -107,18 +166,26 @@ static void round_row(const RoundRows& r, size_t row) {
   const size_t item = args.x_kind == kFloat32 ? 4 : 2;
   const uint8_t* x = args.x + (row * args.packed->columns + r.segment->first_column) * item;
   int8_t* out = a.values + row * (size_t)a.planes * a.plane_bytes;
+  const size_t first = row * r.blocks->count;
+  uint32_t massive = 0;
   for (size_t b = 0; b < r.blocks->count; ++b) {
     const Block& block = r.blocks->at[b];
-    round_block<Exact, Words>(
-        x + block.column * item, args.x_kind, block, out + block.offset * (Words ? 2 : 1),
-        a.plane_bytes, a.scale + row * r.blocks->count + b, a.sums + row * r.blocks->count + b);
+    const Rounded one =
+        round_block<Exact, Words>(x + block.column * item, args.x_kind, block,
+                                  out + block.offset * (Words ? 2 : 1), a.plane_bytes);
+    a.scale[first + b] = one.scale;
+    a.sums[first + b] = one.sum;
+    if (one.massive < kMaxBlock) {
+      a.massive[first + massive++] = {(uint32_t)b, (uint32_t)one.massive, one.value};
+    }
   }
+  a.massive_count[row] = massive;
 }
 
 static void round_task(void* context, size_t row) {
   const RoundRows& r = *(const RoundRows*)context;
   const bool exact = r.args->exact;
-  if (kWords[r.segment->bits]) {
+  if (r.activations->words) {
     return exact ? round_row<true, true>(r, row) : round_row<false, true>(r, row);
   }
   exact ? round_row<true, false>(r, row) : round_row<false, false>(r, row);
@@ -128,20 +195,22 @@ static void free_activations(Activations& a) {
   free(a.values);
   free(a.scale);
   free(a.sums);
+  free(a.massive);
+  free(a.massive_count);
 }
 
 static bool round_activations(const Segment& s, const Blocks& blocks, const LinearArgs& args,
                               Activations& a) {
-  const bool words = kWords[s.bits];
+  const bool words = uses_words(s.bits, args.exact, args.batch);
+  a.words = words;
   a.planes = words || !args.exact ? 1 : 2;
   a.plane_bytes = blocks.padded * (words ? 2 : 1);
   a.values = (int8_t*)malloc(args.batch * (size_t)a.planes * a.plane_bytes + 64);
   a.scale = (float*)malloc(args.batch * blocks.count * 4 + 64);
   a.sums = (int32_t*)malloc(args.batch * blocks.count * 4 + 64);
-  if (!a.values || !a.scale || !a.sums) {
-    free_activations(a);
-    return false;
-  }
+  a.massive = (Massive*)malloc(args.batch * blocks.count * sizeof(Massive) + 64);
+  a.massive_count = (uint32_t*)malloc(args.batch * 4);
+  if (!a.values || !a.scale || !a.sums || !a.massive || !a.massive_count) return false;
   RoundRows rows{&s, &blocks, &args, &a};
   parallel_for(args.batch, args.batch * blocks.padded < 1 << 16 ? 1 : args.threads, round_task,
                &rows);
@@ -161,9 +230,10 @@ struct CodesTile {
 };
 
 // out[r] += one tile times `Rows` rows of activations, over the blocks [from, to).
-template <int Bits, int PlanesEach, int Rows>
-static void multiply_rows(const CodesTile& t, size_t tile, size_t from, size_t to, size_t row,
-                          float* out) {
+// Not inlined: it needs every register.
+template <int Bits, bool Words, int PlanesEach, int Rows>
+__attribute__((noinline)) static void multiply_rows(const CodesTile& t, size_t tile, size_t from,
+                                                    size_t to, size_t row, float* out) {
   const Segment& s = *t.segment;
   const Activations& a = *t.activations;
   const size_t scale_item = s.scale_kind == kFloat32 ? 4 : 2;
@@ -176,52 +246,80 @@ static void multiply_rows(const CodesTile& t, size_t tile, size_t from, size_t t
   for (size_t b = from; b < to; ++b) {
     const Block& block = t.blocks->at[b];
     I sums[Rows * PlanesEach];
-    block_sums<Bits, Rows * PlanesEach>(codes + block.offset * kTileRows * Bits / 8,
-                                        x + block.offset * (kWords[Bits] ? 2 : 1), a.plane_bytes,
-                                        block.padded, sums);
+    block_sums<Bits, Words, Rows * PlanesEach>(codes + block.offset * kTileRows * Bits / 8,
+                                               x + block.offset * (Words ? 2 : 1), a.plane_bytes,
+                                               block.padded, sums);
     const F step = load_scales(scale + block.group * kTileRows * scale_item, s.scale_kind);
     const I zeros = zero ? i_zero_point(zero + block.group * kTileRows) : i_set(1 << (Bits - 1));
     for (int r = 0; r < Rows; ++r) {
       const size_t at = (row + r) * t.blocks->count + b;
       const I joined =
           PlanesEach == 2 ? i_join(sums[r * PlanesEach], sums[r * PlanesEach + 1]) : sums[r];
-      const I centred = i_subtract_product(joined, zeros, i_set(a.sums[at]));
+      const I centred =
+          zero ? i_subtract_product(joined, zeros, i_set(a.sums[at]))
+               : i_add(joined, i_set((int32_t)(0u - ((uint32_t)a.sums[at] << (Bits - 1)))));
       total[r] = add(total[r], mul(i_to_float(centred), mul(step, set1(a.scale[at]))));
     }
   }
   for (int r = 0; r < Rows; ++r) store(out + kTileRows * r, total[r]);
 }
 
+// out += the massive activations of one row times their columns of the tile.
+static void add_massive(const CodesTile& t, size_t tile, size_t row, float* out) {
+  const Segment& s = *t.segment;
+  const Activations& a = *t.activations;
+  const size_t bits = (size_t)s.bits, step = 32 / bits;
+  const size_t scale_item = s.scale_kind == kFloat32 ? 4 : 2;
+  const uint8_t* codes = s.data + tile * t.blocks->padded * kTileRows * bits / 8;
+  for (uint32_t i = 0; i < a.massive_count[row]; ++i) {
+    const Massive& m = a.massive[row * t.blocks->count + i];
+    const Block& block = t.blocks->at[m.block];
+    const size_t group = (tile * t.groups + block.group) * kTileRows;
+    const uint8_t* from =
+        codes + block.offset * kTileRows * bits / 8 + m.place / step * 64 + m.place % 4;
+    float centred[kTileRows];
+    for (size_t r = 0; r < kTileRows; ++r) {
+      const int code = from[4 * r] >> (m.place % step / 4 * bits) & ((1 << bits) - 1);
+      centred[r] = (float)(code - (s.zero ? s.zero[group + r] : 1 << (bits - 1)));
+    }
+    const F weights = mul(load(centred), load_scales(s.scale + group * scale_item, s.scale_kind));
+    store(out, add(load(out), mul(set1(m.value), weights)));
+  }
+}
+
 // All rows of the batch, as many at a time as the registers hold. out: [batch][16]
-template <int Bits, int PlanesEach>
+template <int Bits, bool Words, int PlanesEach>
 static void multiply_batch(const CodesTile& t, size_t tile, size_t from, size_t to, size_t first,
                            size_t batch, float* out) {
   constexpr int most = kMaxPlanes / PlanesEach;
   size_t row = first;
   const size_t end = first + batch;
   for (; row + most <= end; row += most) {
-    multiply_rows<Bits, PlanesEach, most>(t, tile, from, to, row, out + kTileRows * row);
+    multiply_rows<Bits, Words, PlanesEach, most>(t, tile, from, to, row, out + kTileRows * row);
   }
   if (most > 4 && row + 4 <= end) {
-    multiply_rows<Bits, PlanesEach, 4>(t, tile, from, to, row, out + kTileRows * row);
+    multiply_rows<Bits, Words, PlanesEach, 4>(t, tile, from, to, row, out + kTileRows * row);
     row += 4;
   }
   if (most > 2 && row + 2 <= end) {
-    multiply_rows<Bits, PlanesEach, 2>(t, tile, from, to, row, out + kTileRows * row);
+    multiply_rows<Bits, Words, PlanesEach, 2>(t, tile, from, to, row, out + kTileRows * row);
     row += 2;
   }
   if (row < end) {
-    multiply_rows<Bits, PlanesEach, 1>(t, tile, from, to, row, out + kTileRows * row);
+    multiply_rows<Bits, Words, PlanesEach, 1>(t, tile, from, to, row, out + kTileRows * row);
   }
 }
 
 template <int Bits>
 static void multiply_bits(const CodesTile& t, size_t tile, size_t from, size_t to, size_t first,
                           size_t batch, float* out) {
-  if (t.activations->planes == 2) {
-    return multiply_batch<Bits, 2>(t, tile, from, to, first, batch, out);
+  if (t.activations->words) {
+    return multiply_batch<Bits, true, 1>(t, tile, from, to, first, batch, out);
   }
-  multiply_batch<Bits, 1>(t, tile, from, to, first, batch, out);
+  if (t.activations->planes == 2) {
+    return multiply_batch<Bits, false, 2>(t, tile, from, to, first, batch, out);
+  }
+  multiply_batch<Bits, false, 1>(t, tile, from, to, first, batch, out);
 }
 
 // totals[tile - first][batch][16] += tiles times activations. Blocks are taken a few thousand
@@ -250,6 +348,12 @@ static void multiply_codes(const CodesTile& t, size_t first_tile, size_t tiles, 
           multiply_bits<8>(t, first_tile + tile, from, to, row, count, out);
         }
       }
+    }
+  }
+  for (size_t row = 0; row < batch; ++row) {
+    if (!t.activations->massive_count[row]) continue;
+    for (size_t tile = 0; tile < tiles; ++tile) {
+      add_massive(t, first_tile + tile, row, totals + (tile * batch + row) * kTileRows);
     }
   }
 }

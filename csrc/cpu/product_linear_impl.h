@@ -120,10 +120,7 @@ static bool prepare(LinearWork& w) {
     if (p.segments[i].kind != kCodes) continue;
     Prepared& ready = w.prepared[i];
     if (!make_blocks(p.segments[i], ready.blocks)) return false;
-    if (!round_activations(p.segments[i], ready.blocks, args, ready.activations)) {
-      memset(&ready.activations, 0, sizeof ready.activations);
-      return false;
-    }
+    if (!round_activations(p.segments[i], ready.blocks, args, ready.activations)) return false;
   }
   return true;
 }

@@ -10,7 +10,6 @@
 #include <condition_variable>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -51,7 +50,8 @@ void relax() {
 #endif
 }
 
-// Threads that wait for loops: spinning for some microseconds, then asleep.
+// Threads that wait for loops: spinning for some microseconds, then asleep. A thread that comes too
+// late for a loop is not waited for, so a busy machine costs a loop its help and no more.
 class Pool {
  public:
   void run(Loop& loop, int threads) {
@@ -61,34 +61,32 @@ class Pool {
       return;
     }
     const size_t helpers = static_cast<size_t>(threads - 1);
-    while (threads_.size() < helpers) {
-      const size_t number = threads_.size();
-      threads_.emplace_back([this, number] { serve(number); });
+    while (threads_ < helpers) {
+      std::thread([this, number = threads_] { serve(number); }).detach();
+      ++threads_;
     }
     {
       const std::lock_guard<std::mutex> hold(mutex_);
       loop_ = &loop;
       wanted_ = helpers;
-      busy_.store(helpers, std::memory_order_relaxed);
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     loop.work();
+    {
+      const std::lock_guard<std::mutex> hold(mutex_);
+      loop_ = nullptr;
+    }
     for (int turns = 0; busy_.load(std::memory_order_acquire); ++turns) {
-      if (turns < kSpins) {
-        relax();
-      } else {
-        std::this_thread::yield();
-      }
+      turns < kSpins ? relax() : std::this_thread::yield();
     }
   }
 
  private:
-  static constexpr int kSpins = 20000;
+  static constexpr int kSpins = 5000;
 
   void serve(size_t number) {
-    uint64_t seen = 0;
-    for (;;) {
+    for (uint64_t seen = 0;;) {
       for (int turns = 0; turns < kSpins; ++turns) {
         if (generation_.load(std::memory_order_acquire) != seen) break;
         relax();
@@ -96,8 +94,9 @@ class Pool {
       std::unique_lock<std::mutex> hold(mutex_);
       wake_.wait(hold, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
       seen = generation_.load(std::memory_order_relaxed);
-      if (number >= wanted_) continue;
       Loop* loop = loop_;
+      if (!loop || number >= wanted_) continue;
+      busy_.fetch_add(1, std::memory_order_relaxed);
       hold.unlock();
       loop->work();
       busy_.fetch_sub(1, std::memory_order_release);
@@ -106,7 +105,7 @@ class Pool {
 
   std::mutex running_, mutex_;
   std::condition_variable wake_;
-  std::vector<std::thread> threads_;
+  size_t threads_ = 0;
   Loop* loop_ = nullptr;
   size_t wanted_ = 0;
   std::atomic<size_t> busy_{0};
