@@ -117,7 +117,7 @@ def round_activations(x: F32, top: int) -> Rounded:
     The largest entry of a row is massive where it is more than 4 times as large as every other.
     Rows with a NaN or an infinity get a NaN scale.
     """
-    batch, length = x.shape
+    batch = x.shape[0]
     magnitudes = np.abs(x)
     rows, place = np.arange(batch), np.argmax(magnitudes, axis=1)
     largest = magnitudes[rows, place]

@@ -1,0 +1,63 @@
+"""The table that benchmarks print: a figure beside its goal, and whether it holds.
+
+Every figure is a ratio inside one run. `--json FILE` appends to what other benchmarks wrote, and
+`python bench/goals.py FILE` prints them all as one table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured ratio. `goal` and `stretch` are lower bounds; None: there is none."""
+
+    what: str
+    result: float
+    goal: float | None = None
+    stretch: float | None = None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """stretch, holds, MISSED, or nothing where there is no goal."""
+        if self.stretch is not None and self.result >= self.stretch:
+            return "stretch"
+        if self.goal is None:
+            return ""
+        return "holds" if self.result >= self.goal else "MISSED"
+
+
+def show(title: str, figures: list[Figure]) -> None:
+    """Print one table, 100 columns wide."""
+    table = Table(title=title, title_justify="left")
+    for column in ("figure", "goal", "stretch", "result", "", "note"):
+        table.add_column(column, justify="left" if column in ("figure", "", "note") else "right")
+    for figure in figures:
+        bounds = ("" if b is None else f"{b:g}" for b in (figure.goal, figure.stretch))
+        table.add_row(figure.what, *bounds, f"{figure.result:.2f}", figure.verdict, figure.note)
+    Console(width=110).print(table)
+
+
+def save(path: Path, title: str, figures: list[Figure]) -> None:
+    """Add the figures to a JSON file, in place of an earlier run's of that title."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept[title] = [asdict(figure) for figure in figures]
+    path.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def main() -> None:
+    """Print every table of a file."""
+    for title, rows in json.loads(Path(sys.argv[1]).read_text()).items():
+        show(title, [Figure(**row) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
