@@ -5,7 +5,7 @@
 Every candidate runs once a round, in one process; a round goes through at least 150 MB of distinct
 weights, so that none waits in a cache; medians of the rounds are compared. onnxruntime's weights
 are distinct, too (it merges equal ones), it spins between calls as it does by default, and both
-sides round their activations inside the time. torch runs in a process of its own, behind the others:
+sides round their activations inside the time. torch runs in a process of its own, behind the rest:
 its threads would share the processors with ours.
 """
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -326,3 +331,54 @@ def test_damaged_buffers_are_refused_or_computed_but_never_read_outside() -> Non
         except (ValueError, MemoryError):
             refused += 1
     assert 300 < refused < 3000
+
+
+@pytest.mark.skipif(_EXTENSION is None, reason="the compiled kernels are not built")
+def test_products_run_on_torchs_threads_where_torch_is_loaded() -> None:
+    """One pool: our own without torch, torch's OpenMP threads with it; the same bits on both."""
+    program = """
+import hashlib, sys
+import numpy as np
+if sys.argv[1] == "torch":
+    import torch
+from compress.kernels import _cpu
+from compress.kernels.packing import codes_segment, pack_linear
+from compress.kernels.products import linear
+from compress.tensor import Codes
+rng = np.random.default_rng(0)
+codes = rng.integers(0, 16, (999, 512), dtype=np.uint8)
+own = Codes(codes, rng.random((999, 4), np.float32), None, 4, 128)
+packed = pack_linear(999, 512, [codes_segment(own)])
+y = np.empty((40, 999), np.float32)
+for threads in (1, 2, 5) * 20:
+    linear(rng.standard_normal((40, 512), np.float32), packed, y, threads=threads)
+print(_cpu.pool_name(), hashlib.sha256(y).hexdigest())
+"""
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", program, which], capture_output=True, text=True, check=True
+        ).stdout.split()
+        for which in ("torch", "none")
+    ]
+    assert printed[1][0] == "own"
+    if sys.platform == "linux":
+        assert printed[0][0] == "openmp"
+    assert printed[0][1] == printed[1][1]
+
+
+@pytest.mark.skipif(_EXTENSION is None, reason="the compiled kernels are not built")
+def test_many_callers_and_forked_children_share_the_pool() -> None:
+    """Calls from several threads at once, then from a forked child: the same bits each time."""
+    rng = np.random.default_rng(11)
+    packed = pack_linear(400, 256, [codes_segment(codes(rng, (400, 256), 4, 64))])
+    x = rng.standard_normal((8, 256)).astype(np.float32)
+    want = run(packed, x).tobytes()
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda _: run(packed, x, threads=3).tobytes(), range(200))
+        assert all(result == want for result in found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if run(packed, x, threads=3).tobytes() == want else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

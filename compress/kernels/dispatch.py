@@ -12,7 +12,7 @@ from compress.errors import CompressError, UsageError
 
 EXTENSION = "compress.kernels._cpu"
 VARIABLE = "COMPRESS_ISA"
-ISAS = ("base", "avx2", "avx512", "avx512vnni", "neon")
+ISAS = ("base", "avx2", "avx512", "avx512vnni", "neon", "dotprod")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace compress::cpu {
@@ -32,6 +34,22 @@ bool has_f16c() {
 }
 
 }  // namespace
+#elif defined(__aarch64__)
+namespace dotprod {
+extern const Kernels kTable;
+}
+
+namespace {
+
+bool has_dotprod() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) >> 20 & 1;  // HWCAP_ASIMDDP
+#else
+  return true;  // macOS: every one of Apple's own processors
+#endif
+}
+
+}  // namespace
 #endif
 
 int available(const Kernels* tables[kMaxTables]) {
@@ -52,6 +70,8 @@ int available(const Kernels* tables[kMaxTables]) {
       tables[count++] = &avx512vnni::kTable;
     }
   }
+#elif defined(__aarch64__)
+  if (has_dotprod()) tables[count++] = &dotprod::kTable;
 #endif
   return count;
 }

@@ -43,6 +43,8 @@ enum Fold { kAdd, kMin, kMax };
 #include "product_blocks_vnni.h"
 #elif defined(__AVX2__)
 #include "product_blocks_avx2.h"
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include "product_blocks_neon.h"
 #else
 #include "product_blocks_base.h"
 #endif
