@@ -173,6 +173,15 @@ def test_results_do_not_depend_on_threads_or_on_the_rest_of_the_batch(isa: str) 
             assert part.tobytes() == whole[start:stop].tobytes()
 
 
+def test_large_batches_are_cut_into_rows_that_fit() -> None:
+    rng = np.random.default_rng(12)
+    packed = pack_linear(20, 64, [codes_segment(codes(rng, (20, 64), 4, 32))])
+    x = rng.standard_normal((1100, 64)).astype(np.float32)
+    whole = run(packed, x, BF16, threads=2)
+    for start, stop in ((0, 1), (511, 513), (1024, 1100)):
+        assert run(packed, x[start:stop], BF16).tobytes() == whole[start:stop].tobytes()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_non_finite_and_vanishing_activations(isa: str) -> None:
     """A NaN or an infinity makes its own row NaN; zeros and denormals give zeros, not noise."""

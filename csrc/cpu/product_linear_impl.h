@@ -247,10 +247,8 @@ static void tiles_task(void* context, size_t run) {
   if (totals != few) free(totals);
 }
 
-// False where memory ran out; y is then undefined.
-static bool linear(const LinearArgs& args) {
+static bool multiply_rows_of(const LinearArgs& args) {
   const Packed& p = *args.packed;
-  if (!args.batch || !p.rows) return true;
   LinearWork w;
   memset(&w, 0, sizeof w);
   w.args = &args;
@@ -263,4 +261,18 @@ static bool linear(const LinearArgs& args) {
   }
   release(w);
   return ready && !w.failed;
+}
+
+// False where memory ran out; y is then undefined.
+static bool linear(const LinearArgs& args) {
+  constexpr size_t most = 512;  // rows at a time: more would cost memory and gain nothing
+  const Packed& p = *args.packed;
+  for (size_t row = 0; row < args.batch && p.rows; row += most) {
+    LinearArgs part = args;
+    part.batch = smaller(most, args.batch - row);
+    part.x += row * p.columns * (args.x_kind == kFloat32 ? 4 : 2);
+    part.y += row * p.rows * (args.y_kind == kFloat32 ? 4 : 2);
+    if (!multiply_rows_of(part)) return false;
+  }
+  return true;
 }
