@@ -195,7 +195,8 @@ def pack_linear(
         own = words[HEADER_WORDS + SEGMENT_WORDS * i :][:SEGMENT_WORDS]
         own[:6] = segment.kind, segment.first_column, segment.columns, *segment.words
         for word, array in segment.arrays.items():
-            spare = segment.columns * array.itemsize if segment.kind == BITMASK else 0
+            sparse = segment.kind == BITMASK and word == 6  # a row may read all its columns
+            spare = segment.columns * array.itemsize if sparse else 0
             own[word] = buffer.add(array, spare)
         own[11] = segment.kept
     if bias is not None:

@@ -1,6 +1,7 @@
 """Products with packed matrices: y = x W^T with codes, factors, outliers and bias in one call.
 
     linear(x, packed, y, precision="exact", threads=2)
+    dense_linear(x, w, y, threads=2)            (a weight where it lies, nothing packed)
 
 Activations that meet codes are rounded, a block of at most 128 columns at a time: `exact` to 16
 bits, `fast` to 8. One that is more than four times as large as all others of its block is
@@ -69,6 +70,45 @@ def linear(x: Array, packed: U8, y: Array, *, precision: str = "exact", threads:
         raise
 
 
+def dense_linear(x: Array, w: Array, y: Array, *, threads: int = 1) -> None:
+    """y [batch, out_features] = x [batch, in_features] times w, transposed, read where it lies.
+
+    For a weight that others use, too: a language-model head that is also the embedding table.
+
+    x, y     float32, float16 or bfloat16, C-contiguous; accumulation is in float32
+    w        [out_features, in_features] of the same dtypes, C-contiguous, at any address
+    threads  at most so many threads take part, the calling one included
+
+    Raises TypeError for wrong dtypes, ValueError for wrong shapes and values; each names the
+    argument.
+    """
+    if w.dtype not in _KINDS:
+        raise TypeError(f"w must be float32, float16 or bfloat16, not {w.dtype}")
+    if w.ndim != 2:
+        raise ValueError(f"w must be [out_features, in_features], not {list(w.shape)}")
+    if not w.flags.c_contiguous:
+        raise ValueError("w must be C-contiguous")
+    out_features, in_features = w.shape
+    _check_activations(x, y, in_features, out_features)
+    check_options("exact", threads)
+    native = dispatch.current().native
+    if native is None:
+        reference_products.dense_linear(x, w, y)
+        return
+    native.dense_linear(
+        w.reshape(-1).view(np.uint8),
+        _KINDS[w.dtype],
+        out_features,
+        in_features,
+        x.reshape(-1).view(np.uint8),
+        _KINDS[x.dtype],
+        x.shape[0],
+        y.reshape(-1).view(np.uint8),
+        _KINDS[y.dtype],
+        threads,
+    )
+
+
 def _dense(array: Array) -> bool:
     return array.ndim == 2 and array.flags.c_contiguous
 
@@ -76,6 +116,10 @@ def _dense(array: Array) -> bool:
 def _check(x: Array, packed: U8, y: Array) -> None:
     """Raises TypeError or ValueError that names the argument that does not fit."""
     out_features, in_features = linear_shape(packed)
+    _check_activations(x, y, in_features, out_features)
+
+
+def _check_activations(x: Array, y: Array, in_features: int, out_features: int) -> None:
     for name, array in (("x", x), ("y", y)):
         if array.dtype not in _KINDS:
             raise TypeError(f"{name} must be float32, float16 or bfloat16, not {array.dtype}")

@@ -20,6 +20,7 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
 TILE_ROWS = 16
+CODES, DENSE, BITMASK = 0, 1, 2
 DTYPES = (
     np.dtype(np.float32),
     np.dtype(np.float16),
@@ -139,6 +140,59 @@ def round_activations(x: F32, top: int) -> Rounded:
     return Rounded(integers, scale, massive)
 
 
+def _dense_rows(v: View, at: int, rows: slice, columns: int) -> Array:
+    values = v.array(at + 6, DTYPES[int(v.words[at + 3])], (int(v.words[2]), columns))
+    return values[rows]
+
+
+def _bitmask_rows(v: View, at: int, rows: slice, columns: int) -> Array:
+    """The kept values of some rows in their places, zeros elsewhere."""
+    bits = v.array(at + 9, np.uint8, (int(v.words[2]), -(-columns // 8)))[rows]
+    starts = v.array(at + 10, np.uint64, (int(v.words[2]),))
+    mask = np.unpackbits(bits, axis=1, count=columns, bitorder="little").view(bool)
+    values = np.zeros(mask.shape, DTYPES[int(v.words[at + 3])])
+    kept = v.array(at + 6, values.dtype, (int(v.words[at + 11]),))
+    start = int(starts[rows][0])
+    values[mask] = kept[start : start + int(mask.sum())]
+    return values
+
+
+def _multiply_values(v: View, at: int, kind: int, x: F32, total: F32) -> None:
+    """total [batch, rows] += x [batch, columns of the segment] times a dense or bitmask segment."""
+    rows, columns = int(v.words[2]), int(v.words[at + 2])
+    group_size, scale = int(v.words[at + 4]), None
+    if DTYPES[int(v.words[at + 3])] == np.int8:
+        groups = -(-columns // group_size)
+        scale = v.array(at + 7, DTYPES[int(v.words[at + 5])], (rows, groups)).astype(np.float32)
+    for start in range(0, rows, TILE_ROWS):
+        tile = slice(start, min(start + TILE_ROWS, rows))
+        values = (_dense_rows if kind == DENSE else _bitmask_rows)(v, at, tile, columns)
+        weights = values.astype(np.float32)
+        if scale is not None:
+            weights *= np.repeat(scale[tile], group_size, axis=1)[:, :columns]
+        add_dense(x, weights, total[:, tile])
+
+
+def add_dense(x: F32, weights: F32, total: F32) -> None:
+    """total [batch, rows] += x [batch, columns] times weights [rows, columns], transposed.
+
+    Row by row of the batch, so that none depends on the others.
+    """
+    for row, out in zip(x, total, strict=True):
+        out += weights @ row
+
+
+def dense_linear(x: Array, w: Array, y: Array) -> None:
+    """y [batch, rows] = x [batch, columns] times w [rows, columns], transposed."""
+    wide = x.astype(np.float32)
+    total = np.zeros(y.shape, np.float32)
+    with np.errstate(all="ignore"):
+        for start in range(0, w.shape[0], TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
+            add_dense(wide, w[tile].astype(np.float32), total[:, tile])
+        y[...] = total.astype(y.dtype)
+
+
 def _multiply_codes(v: View, at: int, x: F32, total: F32, precision: str) -> None:
     """total [batch, rows] += x [batch, columns of the segment] times one segment of codes."""
     from compress.kernels.packing import blocks, tiles_of
@@ -185,8 +239,11 @@ def linear(x: Array, packed: U8, y: Array, precision: str) -> None:
     wide = x.astype(np.float32)
     total = np.zeros((x.shape[0], rows), np.float32)
     with np.errstate(all="ignore"):
-        for at, _, span in segments(v):
-            _multiply_codes(v, at, wide[:, span], total, precision)
+        for at, kind, span in segments(v):
+            if kind == CODES:
+                _multiply_codes(v, at, wide[:, span], total, precision)
+            else:
+                _multiply_values(v, at, kind, wide[:, span], total)
         if rank:
             _add_low_rank(v, wide, total, rows, columns, rank)
         if v.words[11]:

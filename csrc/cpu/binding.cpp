@@ -258,11 +258,8 @@ void pack_tiles(const Bytes& codes, size_t rows, size_t columns, int bits, size_
   kernels().pack_tiles(codes.data(), rows, columns, bits, group_size, out.data());
 }
 
-void linear(const Bytes& packed, const Bytes& x, int x_kind, size_t batch, const OutBytes& y,
-            int y_kind, bool exact, int threads) {
-  compress::cpu::Packed matrix;
-  const char* wrong = compress::cpu::parse(packed.data(), packed.size(), &matrix);
-  if (wrong) throw std::invalid_argument(std::string("packed: ") + wrong);
+void multiply(const compress::cpu::Packed& matrix, const Bytes& x, int x_kind, size_t batch,
+              const OutBytes& y, int y_kind, bool exact, int threads) {
   const Kind from = checked(x_kind), to = checked(y_kind);
   require(x.size() == product(product(batch, matrix.columns), item_size(from)), "x: wrong size");
   require(y.size() == product(product(batch, matrix.rows), item_size(to)), "y: wrong size");
@@ -275,6 +272,32 @@ void linear(const Bytes& packed, const Bytes& x, int x_kind, size_t batch, const
     done = kernels().linear(args);
   }
   if (!done) throw std::bad_alloc();
+}
+
+void linear(const Bytes& packed, const Bytes& x, int x_kind, size_t batch, const OutBytes& y,
+            int y_kind, bool exact, int threads) {
+  compress::cpu::Packed matrix;
+  const char* wrong = compress::cpu::parse(packed.data(), packed.size(), &matrix);
+  if (wrong) throw std::invalid_argument(std::string("packed: ") + wrong);
+  multiply(matrix, x, x_kind, batch, y, y_kind, exact, threads);
+}
+
+// A weight where it lies, as a packed matrix of one dense segment.
+void dense_linear(const Bytes& w, int w_kind, size_t rows, size_t columns, const Bytes& x,
+                  int x_kind, size_t batch, const OutBytes& y, int y_kind, int threads) {
+  const Kind kind = checked(w_kind);
+  require(w.size() == product(product(rows, columns), item_size(kind)), "w: wrong size");
+  compress::cpu::Packed matrix{};
+  matrix.rows = rows;
+  matrix.columns = columns;
+  matrix.segment_count = 1;
+  compress::cpu::Segment& segment = matrix.segments[0];
+  segment.kind = compress::cpu::kDense;
+  segment.columns = columns;
+  segment.value_kind = kind;
+  segment.group_size = columns ? columns : 1;
+  segment.data = w.data();
+  multiply(matrix, x, x_kind, batch, y, y_kind, true, threads);
 }
 
 }  // namespace

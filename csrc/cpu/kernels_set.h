@@ -49,8 +49,17 @@ enum Fold { kAdd, kMin, kMax };
 #include "product_blocks_base.h"
 #endif
 
+#if defined(__AVX512F__)
+#include "product_expand_avx512.h"
+#elif defined(__AVX2__)
+#include "product_expand_avx2.h"
+#else
+#include "product_expand_base.h"
+#endif
+
 // clang-format off: each uses the one before
 #include "product_codes_impl.h"
+#include "product_values_impl.h"
 #include "product_linear_impl.h"
 // clang-format on
 

@@ -12,7 +12,8 @@ struct Prepared {
 struct LinearWork {
   const LinearArgs* args;
   Prepared prepared[kMaxSegments];
-  float* wide;  // x in float32 [batch][columns], where a term needs it
+  void* wide_room;
+  float* wide;  // x in float32 [batch][columns], where a term needs it; at a multiple of 64
   float* low;   // [batch][rank], x A^T scaled
   size_t tiles_each;
   bool failed;
@@ -104,8 +105,9 @@ static bool prepare(LinearWork& w) {
   const LinearArgs& args = *w.args;
   const Packed& p = *args.packed;
   if (needs_wide(p)) {
-    w.wide = (float*)malloc(args.batch * p.columns * 4 + 64);
-    if (!w.wide) return false;
+    w.wide_room = malloc(args.batch * p.columns * 4 + 128);
+    if (!w.wide_room) return false;
+    w.wide = (float*)(((uintptr_t)w.wide_room + 63) & ~(uintptr_t)63);
     WidenWork widen{&args, w.wide};
     parallel_for(args.batch, args.batch * p.columns < 1 << 16 ? 1 : args.threads, widen_task,
                  &widen);
@@ -130,7 +132,7 @@ static void release(LinearWork& w) {
     free(w.prepared[i].blocks.at);
     free_activations(w.prepared[i].activations);
   }
-  free(w.wide);
+  free(w.wide_room);
   free(w.low);
 }
 
@@ -231,8 +233,11 @@ static void tiles_task(void* context, size_t run) {
     memset(totals, 0, together * floats * 4);
     for (size_t i = 0; i < p.segment_count; ++i) {
       const Segment& s = p.segments[i];
-      if (s.kind == kCodes) {
-        const size_t groups = (s.columns + s.group_size - 1) / s.group_size;
+      const size_t groups = (s.columns + s.group_size - 1) / s.group_size;
+      if (s.kind != kCodes) {
+        multiply_values({&s, w.wide + s.first_column, p.columns, batch, p.rows, groups}, tile,
+                        together, totals);
+      } else {
         const Prepared& ready = w.prepared[i];
         multiply_codes({&s, &ready.blocks, &ready.activations, groups}, tile, together, batch,
                        totals);
