@@ -14,7 +14,8 @@
 typedef __m256 V;
 
 constexpr size_t kStep = 8;
-constexpr int kRowsAtOnce = 4, kBatchAtOnce = 3;  // 12 sums, 3 activations and a weight
+constexpr int kDenseRows = 4;
+constexpr int kBatchAtOnce = 3;  // times two rows: 12 sums, 3 activations and a weight
 
 COMPRESS_INLINE V v_zero() {
   return _mm256_setzero_ps();
@@ -28,6 +29,9 @@ COMPRESS_INLINE void v_store(float* p, V v) {
 COMPRESS_INLINE V v_set1(float x) {
   return _mm256_set1_ps(x);
 }
+COMPRESS_INLINE V v_add(V x, V y) {
+  return _mm256_add_ps(x, y);
+}
 COMPRESS_INLINE V v_mul(V x, V y) {
   return _mm256_mul_ps(x, y);
 }
@@ -40,18 +44,13 @@ COMPRESS_INLINE float v_sum(V v) {
   const __m128 two = _mm_add_ps(four, _mm_movehdup_ps(four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehl_ps(two, two)));
 }
-template <int Rows>
-COMPRESS_INLINE void add_sums(const V* v, float* out) {
-  if (Rows == 4) {  // in the order of v_sum: neighbours, then pairs of them; halves come first
-    __m128 half[4];
-    for (int r = 0; r < Rows; ++r) {
-      half[r] = _mm_add_ps(_mm256_castps256_ps128(v[r]), _mm256_extractf128_ps(v[r], 1));
-    }
-    const __m128 sums = _mm_hadd_ps(_mm_hadd_ps(half[0], half[1]), _mm_hadd_ps(half[2], half[3]));
-    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
-    return;
-  }
-  for (int r = 0; r < Rows; ++r) out[r] += v_sum(v[r]);
+// Compilers would rather load it again for each use, and loads are what is short.
+COMPRESS_INLINE void v_keep(V& v) {
+  asm("" : "+x"(v));
+}
+
+COMPRESS_INLINE float widen_f16(uint16_t half) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
 }
 
 template <int K>
@@ -96,31 +95,32 @@ static constexpr ExpandTables kExpand = make_expand_tables();
 // What a lane of integers must be multiplied with to be an int8 again.
 constexpr float kSparseInt8 = 0x1p-24f;
 
-// `bits` is a byte of the bitmask.
+COMPRESS_INLINE __m256i row_of(const void* table, size_t offset) {
+  return _mm256_load_si256((const __m256i*)((const uint8_t*)table + offset));
+}
+
 template <int K>
-COMPRESS_INLINE V sparse_step(const uint8_t* p, size_t bits) {
+COMPRESS_INLINE V sparse_step(const uint8_t* p, uint64_t word, size_t k, size_t* kept) {
+  // Byte k of the word times 32, by a rotation: a row of a table.
+  const size_t turn = (8 * k + 59) % 64;
+  const size_t offset = (word >> turn | word << (64 - turn) % 64) & 0x1FE0;
+  *kept = (size_t)__builtin_popcountll(offset);
   if (K == kFloat32) {
-    const __m256i lanes = _mm256_load_si256((const __m256i*)kExpand.fp32[bits]);
+    const __m256i lanes = row_of(kExpand.fp32, offset);
     const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps((const float*)p), lanes);
     return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
   }
   if (K == kFloat16) {
-    const __m128i order = _mm_load_si128((const __m128i*)kShuffle.scatter2[bits]);
-    return _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)p), order));
+    const uint8_t* order = kShuffle.scatter2[0] + offset / 2;
+    const __m128i values = _mm_loadu_si128((const __m128i*)p);
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(values, _mm_load_si128((const __m128i*)order)));
   }
   if (K == kInt8) {
     int64_t eight;
     memcpy(&eight, p, 8);
-    const __m256i order = _mm256_load_si256((const __m256i*)kExpand.int8[bits]);
-    return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight), order));
+    return _mm256_cvtepi32_ps(
+        _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), row_of(kExpand.int8, offset)));
   }
   const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
-  const __m256i order = _mm256_load_si256((const __m256i*)kExpand.bf16[bits]);
-  return _mm256_castsi256_ps(_mm256_shuffle_epi8(values, order));
-}
-COMPRESS_INLINE size_t bits_of_step(const uint8_t* mask) {
-  return *mask;
-}
-COMPRESS_INLINE size_t count_kept(size_t bits) {
-  return (size_t)__builtin_popcountll(bits);
+  return _mm256_castsi256_ps(_mm256_shuffle_epi8(values, row_of(kExpand.bf16, offset)));
 }

@@ -15,7 +15,8 @@
 typedef __m512 V;
 
 constexpr size_t kStep = 16;
-constexpr int kRowsAtOnce = 4, kBatchAtOnce = 4;
+constexpr int kDenseRows = 4;
+constexpr int kBatchAtOnce = 4;
 
 COMPRESS_INLINE V v_zero() {
   return _mm512_setzero_ps();
@@ -29,15 +30,22 @@ COMPRESS_INLINE void v_store(float* p, V v) {
 COMPRESS_INLINE V v_set1(float x) {
   return _mm512_set1_ps(x);
 }
+COMPRESS_INLINE V v_add(V x, V y) {
+  return _mm512_add_ps(x, y);
+}
 COMPRESS_INLINE V v_mul(V x, V y) {
   return _mm512_mul_ps(x, y);
 }
 COMPRESS_INLINE V v_fma(V x, V y, V sum) {
   return _mm512_fmadd_ps(x, y, sum);
 }
-template <int Rows>
-COMPRESS_INLINE void add_sums(const V* v, float* out) {
-  for (int r = 0; r < Rows; ++r) out[r] += reduce_add(v[r]);
+COMPRESS_INLINE float v_sum(V v) {
+  return reduce_add(v);
+}
+COMPRESS_INLINE void v_keep(V&) {}
+
+COMPRESS_INLINE float widen_f16(uint16_t half) {
+  return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(half)));
 }
 
 template <int K>
@@ -53,14 +61,8 @@ COMPRESS_INLINE V dense_step(const uint8_t* p) {
 constexpr float kSparseInt8 = 1.0f;
 
 template <int K>
-COMPRESS_INLINE V sparse_step(const uint8_t* p, size_t bits) {
+COMPRESS_INLINE V sparse_step(const uint8_t* p, uint64_t word, size_t k, size_t* kept) {
+  const uint64_t bits = word >> 16 * k & 0xFFFF;
+  *kept = (size_t)__builtin_popcountll(bits);
   return _mm512_maskz_expand_ps((__mmask16)bits, dense_step<K>(p));
-}
-COMPRESS_INLINE size_t bits_of_step(const uint8_t* mask) {
-  uint16_t bits;
-  memcpy(&bits, mask, 2);
-  return bits;
-}
-COMPRESS_INLINE size_t count_kept(size_t bits) {
-  return (size_t)__builtin_popcountll(bits);
 }

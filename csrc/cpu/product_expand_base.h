@@ -1,7 +1,8 @@
 // Stored values to lanes, in the compiler's portable vectors: two of four floats.
 //
 // All product_expand_*.h define the same names; sums may differ in their last bits, because the
-// number of lanes does. A step is kStep columns of a row.
+// number of lanes does. A step is kStep columns of a row: eight or
+// sixteen.
 
 #pragma once
 
@@ -14,7 +15,8 @@ struct V {
 };
 
 constexpr size_t kStep = 8;
-constexpr int kRowsAtOnce = 2, kBatchAtOnce = 2;  // bounded by the register file
+constexpr int kDenseRows = 2;    // dense rows read side by side
+constexpr int kBatchAtOnce = 1;  // rows of the batch whose sums fit into registers
 
 COMPRESS_INLINE V v_set1(float x) {
   return {{F4{} + x, F4{} + x}};
@@ -30,6 +32,9 @@ COMPRESS_INLINE V v_load(const float* p) {
 COMPRESS_INLINE void v_store(float* p, V v) {
   memcpy(p, &v, sizeof v);
 }
+COMPRESS_INLINE V v_add(V x, V y) {
+  return {{x.v[0] + y.v[0], x.v[1] + y.v[1]}};
+}
 COMPRESS_INLINE V v_mul(V x, V y) {
   return {{x.v[0] * y.v[0], x.v[1] * y.v[1]}};
 }
@@ -37,13 +42,15 @@ COMPRESS_INLINE V v_mul(V x, V y) {
 COMPRESS_INLINE V v_fma(V x, V y, V sum) {
   return {{x.v[0] * y.v[0] + sum.v[0], x.v[1] * y.v[1] + sum.v[1]}};
 }
-// out[r] += the sum of the lanes of v[r], the same whatever Rows is.
-template <int Rows>
-COMPRESS_INLINE void add_sums(const V* v, float* out) {
-  for (int r = 0; r < Rows; ++r) {
-    const F4 four = v[r].v[0] + v[r].v[1];
-    out[r] += (four[0] + four[1]) + (four[2] + four[3]);
-  }
+COMPRESS_INLINE float v_sum(V v) {
+  const F4 four = v.v[0] + v.v[1];
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+// Asks for `v` to stay in a register.
+COMPRESS_INLINE void v_keep(V&) {}
+
+COMPRESS_INLINE float widen_f16(uint16_t half) {
+  return half_to_float(U4{half, 0, 0, 0})[0];
 }
 
 // kStep stored values, side by side.
@@ -67,23 +74,18 @@ COMPRESS_INLINE V dense_step(const uint8_t* p) {
 // Expanded int8 values are this many times what is stored; the factor joins the scale.
 constexpr float kSparseInt8 = 1.0f;
 
-// The kept values from `p` on (all of kStep may be read), each in the lane of its bit of `bits`.
+// Step `k` of 64 columns, `word` their bits: the kept values from `p` on (all of kStep may be read),
+// each in the lane of its bit, and how many they are.
 template <int K>
-COMPRESS_INLINE V sparse_step(const uint8_t* p, size_t bits) {
-  float kept[kStep], lanes[kStep];
-  v_store(kept, dense_step<K>(p));
-  for (size_t i = 0, k = 0; i < kStep; ++i) {
-    lanes[i] = bits >> i & 1 ? kept[k & 7] : 0.0f;
-    k += bits >> i & 1;
+COMPRESS_INLINE V sparse_step(const uint8_t* p, uint64_t word, size_t k, size_t* kept) {
+  float values[kStep], lanes[kStep];
+  v_store(values, dense_step<K>(p));
+  size_t taken = 0;
+  for (size_t i = 0; i < kStep; ++i) {
+    const size_t bit = word >> (8 * k + i) & 1;
+    lanes[i] = bit ? values[taken] : 0.0f;
+    taken += bit;
   }
+  *kept = taken;
   return v_load(lanes);
-}
-// The bits of one step, at a multiple of kStep columns.
-COMPRESS_INLINE size_t bits_of_step(const uint8_t* mask) {
-  return *mask;
-}
-COMPRESS_INLINE size_t count_kept(size_t bits) {
-  size_t count = 0;
-  for (; bits; bits &= bits - 1) ++count;
-  return count;
 }

@@ -63,12 +63,6 @@ COMPRESS_INLINE size_t value_bytes(Kind kind) {
   return kind == kInt8 ? 1 : kind == kFloat32 ? 4 : 2;
 }
 
-COMPRESS_INLINE float scalar_at(const uint8_t* floats, size_t index) {
-  float value;
-  memcpy(&value, floats + 4 * index, 4);
-  return value;
-}
-
 // low[row][k] = x . A[k], for one k and every row.
 static void low_rank_task(void* context, size_t k) {
   const LinearWork& w = *(const LinearWork*)context;

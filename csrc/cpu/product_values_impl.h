@@ -1,15 +1,19 @@
 // Products with stored values, dense or kept by a bitmask: floats times floats, in float32.
 //
-// A row is cut into spans. A span's products are added up in the lanes of one register, the lanes
-// in one order, and the spans' sums to the row's total. Weights that serve a few rows of the batch
-// are used as they are expanded; for more rows, the span of a tile is first expanded to floats.
-// Both add in the same order, so a result depends on its own row of the batch alone.
+// A row is cut into spans, a span into blocks of 64 columns, a block into steps of one register.
+// Even steps of a span are added up in one register, odd ones in another, and the span's sum is
+// added to the row's total. Weights that serve a row or two of the batch are used as they are
+// expanded; for more rows, the spans of a tile are first expanded to floats. Both add in the same
+// order, so a result depends on its own row of the batch alone.
 
 #define COMPRESS_MEMBER inline __attribute__((always_inline))
+// Unrolled before the compiler gives registers to arrays; else these would live in memory.
+#define COMPRESS_UNROLL _Pragma("GCC unroll 16")
 
-constexpr size_t kSpan = 1024;            // columns; a multiple of every kStep
-constexpr size_t kSteps = 8;              // steps between two prefetches
-constexpr size_t kValuesAhead = 512;      // bytes; prefetched behind the buffer, too: never faults
+constexpr size_t kSpan = 1024;  // columns
+constexpr size_t kColumns = 64;  // of a block
+constexpr ptrdiff_t kAheadDense = 512;  // bytes; prefetched behind a buffer, too: it never faults
+constexpr int kRowsAtOnce = 2;
 
 struct ValuesWork {
   const Segment* segment;
@@ -20,40 +24,49 @@ struct ValuesWork {
 };
 
 template <int K>
-COMPRESS_INLINE constexpr size_t stored_bytes() {
-  return K == kInt8 ? 1 : K == kFloat32 ? 4 : 2;
-}
+constexpr size_t kBytes = K == kInt8 ? 1 : K == kFloat32 ? 4 : 2;
 
-// A row of values being read from left to right.
+// Less than a block of a row, copied, with zeros behind it.
+struct Rest {
+  alignas(64) uint8_t values[kColumns * 4 + 64];
+  uint8_t mask[8];
+};
+
+// A row of values that is read from left to right, block by block.
 template <int K>
 struct DenseRow {
   static constexpr bool kScaled = K == kInt8;
+  static constexpr bool kWhole = true;
   static constexpr float kUnit = 1.0f;
   const uint8_t* p;
 
   COMPRESS_MEMBER void start(const Segment& s, size_t row) {
-    p = s.data + row * s.columns * stored_bytes<K>();
+    p = s.data + row * s.columns * kBytes<K>;
   }
-  COMPRESS_MEMBER void prefetch(size_t ahead) const {
-    for (size_t line = 0; line < kSteps * kStep * stored_bytes<K>(); line += 64) {
-      __builtin_prefetch(p + ahead + line);
-    }
-  }
-  COMPRESS_MEMBER V next() {
+  COMPRESS_MEMBER uint64_t word() { return 0; }  // what the steps of a block share
+  COMPRESS_MEMBER V next(uint64_t, size_t) {
     const V v = dense_step<K>(p);
-    p += kStep * stored_bytes<K>();
+    p += kStep * kBytes<K>;
     return v;
   }
-  COMPRESS_MEMBER V last(size_t count) {
-    uint8_t values[kStep * 4] = {0};
-    memcpy(values, p, count * stored_bytes<K>());
-    return dense_step<K>(values);
+  COMPRESS_MEMBER void last(size_t count, Rest& rest) {
+    memset(&rest, 0, sizeof rest);
+    memcpy(rest.values, p, count * kBytes<K>);
+    p = rest.values;
+  }
+  COMPRESS_MEMBER void prefetch_mask() const {}
+  COMPRESS_MEMBER void prefetch(ptrdiff_t ahead) const {
+    COMPRESS_UNROLL
+    for (size_t line = 0; line < kColumns * kBytes<K>; line += 64) {
+      __builtin_prefetch(p + ahead + line);
+    }
   }
 };
 
 template <int K>
 struct SparseRow {
   static constexpr bool kScaled = K == kInt8;
+  static constexpr bool kWhole = false;
   static constexpr float kUnit = K == kInt8 ? kSparseInt8 : 1.0f;
   const uint8_t* p;
   const uint8_t* mask;
@@ -62,141 +75,242 @@ struct SparseRow {
   COMPRESS_MEMBER void start(const Segment& s, size_t row) {
     uint64_t first;
     memcpy(&first, s.starts + 8 * row, 8);
-    p = s.data + smaller((size_t)first, s.kept) * stored_bytes<K>();
+    p = s.data + smaller((size_t)first, s.kept) * kBytes<K>;
     mask = s.mask + row * ((s.columns + 7) / 8);
   }
-  COMPRESS_MEMBER void prefetch(size_t ahead) const {
-    __builtin_prefetch(p + ahead);
-    if (stored_bytes<K>() > 1) __builtin_prefetch(p + ahead + 64);
-    __builtin_prefetch(mask + ahead);
+  COMPRESS_MEMBER uint64_t word() {
+    uint64_t bits;
+    memcpy(&bits, mask, 8);
+    mask += 8;
+    return bits;
   }
-  COMPRESS_MEMBER V next() {
-    const size_t bits = bits_of_step(mask);
-    const V v = sparse_step<K>(p, bits);
-    p += count_kept(bits) * stored_bytes<K>();
-    mask += kStep / 8;
+  COMPRESS_MEMBER V next(uint64_t word, size_t k) {
+    size_t kept;
+    const V v = sparse_step<K>(p, word, k, &kept);
+    p += kept * kBytes<K>;
     return v;
   }
-  COMPRESS_MEMBER V last(size_t count) {
-    uint8_t values[kStep * 4] = {0}, bits[8] = {0};
-    memcpy(values, p, count * stored_bytes<K>());
-    memcpy(bits, mask, (count + 7) / 8);
-    return sparse_step<K>(values, bits_of_step(bits) & (((size_t)1 << count) - 1));
+  COMPRESS_MEMBER void last(size_t count, Rest& rest) {
+    memset(&rest, 0, sizeof rest);
+    memcpy(rest.values, p, count * kBytes<K>);
+    memcpy(rest.mask, mask, (count + 7) / 8);
+    if (count % 8) rest.mask[count / 8] &= (uint8_t)((1u << count % 8) - 1);
+    p = rest.values;
+    mask = rest.mask;
+  }
+  COMPRESS_MEMBER void prefetch_mask() const {
+    __builtin_prefetch(mask);
+    __builtin_prefetch(mask + 64);
+  }
+  COMPRESS_MEMBER void prefetch(ptrdiff_t ahead) const {
+    __builtin_prefetch(p + ahead);
+    if (kBytes<K> > 1) __builtin_prefetch(p + ahead + 64);
   }
 };
 
-// A row of a tile that was expanded before.
+// A row of a tile that was expanded before, zeros up to a whole block.
 struct PanelRow {
   static constexpr bool kScaled = false;
   const float* p;
 
-  COMPRESS_MEMBER void prefetch(size_t) const {}
-  COMPRESS_MEMBER V next() {
+  COMPRESS_MEMBER uint64_t word() { return 0; }
+  COMPRESS_MEMBER V next(uint64_t, size_t) {
     const V v = v_load(p);
     p += kStep;
     return v;
   }
-  COMPRESS_MEMBER V last(size_t) {
-    return v_load(p);
+  COMPRESS_MEMBER void prefetch(ptrdiff_t) const {}
+};
+
+template <int Rows, int Batch>
+struct Sums {
+  V even[Batch * Rows], odd[Batch * Rows];
+
+  COMPRESS_MEMBER void clear() {
+    COMPRESS_UNROLL
+    for (int i = 0; i < Batch * Rows; ++i) even[i] = odd[i] = v_zero();
+  }
+  // out[batch][16] += the span's sums
+  COMPRESS_MEMBER void add_to(float* out) const {
+    COMPRESS_UNROLL
+    for (int b = 0; b < Batch; ++b) {
+      COMPRESS_UNROLL
+      for (int r = 0; r < Rows; ++r) {
+        const int i = b * Rows + r;
+        out[b * (int)kTileRows + r] += v_sum(v_add(even[i], odd[i]));
+      }
+    }
   }
 };
 
+// The next block of some rows times some rows of the batch.
 template <class Row, int Rows, int Batch>
-COMPRESS_INLINE void add_step(Row* rows, const V* scale, const float* x, size_t stride, V* sums) {
-  V activations[Batch];
-  for (int b = 0; b < Batch; ++b) activations[b] = v_load(x + (size_t)b * stride);
-  for (int r = 0; r < Rows; ++r) {
-    V w = rows[r].next();
-    if (Row::kScaled) w = v_mul(w, scale[r]);
+COMPRESS_INLINE void add_block(Row* rows, const V* scale, const float* x, size_t stride,
+                               Sums<Rows, Batch>& sums) {
+  uint64_t words[Rows];
+  COMPRESS_UNROLL
+  for (int r = 0; r < Rows; ++r) words[r] = rows[r].word();
+  COMPRESS_UNROLL
+  for (size_t k = 0; k < kColumns / kStep; ++k) {
+    V* to = k % 2 ? sums.odd : sums.even;
+    V activations[Batch];
+    COMPRESS_UNROLL
     for (int b = 0; b < Batch; ++b) {
-      sums[b * Rows + r] = v_fma(w, activations[b], sums[b * Rows + r]);
+      activations[b] = v_load(x + (size_t)b * stride + k * kStep);
+      if (Rows > 1) v_keep(activations[b]);
+    }
+    COMPRESS_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      V w = rows[r].next(words[r], k);
+      if (Row::kScaled) w = v_mul(w, scale[r]);
+      COMPRESS_UNROLL
+      for (int b = 0; b < Batch; ++b) {
+        to[b * Rows + r] = v_fma(w, activations[b], to[b * Rows + r]);
+      }
     }
   }
 }
 
-// sums[Batch][Rows] += the next `count` columns of some rows times some rows of the batch.
+// The next `count` columns, the last block of which may be short. ahead[r]: from a row's values to
+// those that will be needed next.
 template <class Row, int Rows, int Batch>
 COMPRESS_INLINE void add_columns(Row* rows, const V* scale, const float* x, size_t stride,
-                                 size_t count, V* sums) {
-  size_t i = 0;
-  for (; i + kSteps * kStep <= count; i += kSteps * kStep) {
-    for (int r = 0; r < Rows; ++r) rows[r].prefetch(kValuesAhead);
-    for (size_t k = 0; k < kSteps; ++k) {
-      add_step<Row, Rows, Batch>(rows, scale, x + i + k * kStep, stride, sums);
-    }
+                                 size_t count, const ptrdiff_t* ahead, Sums<Rows, Batch>& sums) {
+  const float* end = x + count / kColumns * kColumns;
+  for (; x < end; x += kColumns) {
+    COMPRESS_UNROLL
+    for (int r = 0; r < Rows; ++r) rows[r].prefetch(ahead[r]);
+    add_block<Row, Rows, Batch>(rows, scale, x, stride, sums);
   }
-  for (; i + kStep <= count; i += kStep) {
-    add_step<Row, Rows, Batch>(rows, scale, x + i, stride, sums);
-  }
-  if (i == count) return;
+}
+
+// Activations of a block that is short, with zeros behind them.
+template <int Batch>
+COMPRESS_INLINE void short_activations(const float* x, size_t stride, size_t count, float* out) {
+  memset(out, 0, Batch * kColumns * 4);
   for (int b = 0; b < Batch; ++b) {
-    float some[kStep] = {0};
-    memcpy(some, x + (size_t)b * stride + i, 4 * (count - i));
-    const V activations = v_load(some);
-    for (int r = 0; r < Rows; ++r) {
-      Row row = rows[r];
-      V w = row.last(count - i);
-      if (Row::kScaled) w = v_mul(w, scale[r]);
-      sums[b * Rows + r] = v_fma(w, activations, sums[b * Rows + r]);
-    }
+    memcpy(out + (size_t)b * kColumns, x + (size_t)b * stride, 4 * count);
   }
+}
+
+COMPRESS_INLINE float scalar_at(const uint8_t* floats, size_t index) {
+  float value;
+  memcpy(&value, floats + 4 * index, 4);
+  return value;
 }
 
 COMPRESS_INLINE float scale_at(const ValuesWork& v, size_t row, size_t group) {
-  const size_t item = v.segment->scale_kind == kFloat32 ? 4 : 2;
-  const uint8_t* at = v.segment->scale + (row * v.groups + group) * item;
-  float lanes[kLanes];
-  store(lanes, load_activations(at, v.segment->scale_kind, 1));
-  return lanes[0];
+  const size_t at = row * v.groups + group;
+  if (v.segment->scale_kind == kFloat32) return scalar_at(v.segment->scale, at);
+  uint16_t half;
+  memcpy(&half, v.segment->scale + 2 * at, 2);
+  if (v.segment->scale_kind == kFloat16) return widen_f16(half);
+  const uint32_t bits = (uint32_t)half << 16;
+  float scale;
+  memcpy(&scale, &bits, 4);
+  return scale;
 }
 
-// ---------------------------------------------------------------- a few rows of the batch
+// ---------------------------------------------------------------- a row or two of the batch
 
-// out[batch][16] += Rows rows from `first` on.
+// out[batch][16] += a span of `Rows` rows, which stand at column `start`. `next` are the rows that
+// come after them.
 template <class Row, int Rows, int Batch>
-static void multiply_few(const ValuesWork& v, size_t first, const float* x, float* out) {
+static void multiply_span(const ValuesWork& v, size_t number, size_t start, Row* all,
+                          const Row* next, float* out) {
   const Segment& s = *v.segment;
+  const size_t end = smaller(s.columns, start + kSpan);
   Row rows[Rows];
-  for (int r = 0; r < Rows; ++r) rows[r].start(s, first + (size_t)r);
-  for (size_t start = 0; start < s.columns; start += kSpan) {
-    const size_t end = smaller(s.columns, start + kSpan);
-    V sums[Batch * Rows], scale[Rows];
-    for (int i = 0; i < Batch * Rows; ++i) sums[i] = v_zero();
-    for (size_t at = start, next; at < end; at = next) {
-      next = end;
-      if (Row::kScaled) {
-        const size_t group = at / s.group_size;
-        next = smaller(end, (group + 1) * s.group_size);
-        for (int r = 0; r < Rows; ++r) {
-          scale[r] = v_set1(scale_at(v, first + (size_t)r, group) * Row::kUnit);
-        }
-      }
-      add_columns<Row, Rows, Batch>(rows, scale, x + at, v.stride, next - at, sums);
-    }
-    for (int b = 0; b < Batch; ++b) add_sums<Rows>(sums + b * Rows, out + b * (int)kTileRows);
+  ptrdiff_t ahead[Rows];
+  V scale[Rows];
+  Sums<Rows, Batch> sums;
+  sums.clear();
+  COMPRESS_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    rows[r] = all[r];
+    ahead[r] = Row::kWhole ? kAheadDense : next[r].p - rows[r].p;
+    next[r].prefetch_mask();
   }
+  for (size_t at = start, stop; at < end; at = stop) {
+    stop = end;
+    if (Row::kScaled) {
+      const size_t group = at / s.group_size;
+      stop = smaller(end, (group + 1) * s.group_size);
+      COMPRESS_UNROLL
+      for (int r = 0; r < Rows; ++r) {
+        scale[r] = v_set1(scale_at(v, number + (size_t)r, group) * Row::kUnit);
+      }
+    }
+    add_columns<Row, Rows, Batch>(rows, scale, v.x + at, v.stride, stop - at, ahead, sums);
+    const size_t rest = (stop - at) % kColumns;
+    if (!rest) continue;
+    Rest copies[Rows];
+    float few[Batch * kColumns];
+    short_activations<Batch>(v.x + stop - rest, v.stride, rest, few);
+    COMPRESS_UNROLL
+    for (int r = 0; r < Rows; ++r) rows[r].last(rest, copies[r]);
+    add_block<Row, Rows, Batch>(rows, scale, few, kColumns, sums);
+  }
+  COMPRESS_UNROLL
+  for (int r = 0; r < Rows; ++r) all[r] = rows[r];
+  sums.add_to(out);
 }
 
-template <class Row, int Batch>
-static void multiply_few_rows(const ValuesWork& v, size_t first, size_t count, const float* x,
-                              float* out) {
-  size_t row = 0;
-  for (; row + kRowsAtOnce <= count; row += kRowsAtOnce) {
-    multiply_few<Row, kRowsAtOnce, Batch>(v, first + row, x, out + row);
+// Rows of a tile from left to right, `Rows` at a time; returns the first that is left over.
+template <class Row, int Rows, int Batch>
+COMPRESS_INLINE size_t multiply_whole(const ValuesWork& v, size_t first, size_t row, size_t count,
+                                      Row* rows, float* out) {
+  for (; row + Rows <= count; row += Rows) {
+    for (size_t start = 0; start < v.segment->columns; start += kSpan) {
+      Row* at = rows + row;
+      multiply_span<Row, Rows, Batch>(v, first + row, start, at, at, out + row);
+    }
   }
-  for (; row < count; ++row) multiply_few<Row, 1, Batch>(v, first + row, x, out + row);
+  return row;
+}
+
+// out[batch][16] += one tile. Dense rows are read whole: processors foresee what they need. Of
+// sparse rows a span is read after the other, so that x stays in the first cache.
+template <class Row, int Batch>
+static void multiply_few(const ValuesWork& v, size_t first, size_t count, float* out) {
+  Row rows[kTileRows + kRowsAtOnce];
+  for (size_t r = 0; r < kTileRows + kRowsAtOnce; ++r) {
+    rows[r].start(*v.segment, smaller(first + r, v.rows - 1));
+  }
+  if (Row::kWhole) {
+    constexpr int most = Batch == 1 ? kDenseRows : kRowsAtOnce;
+    const size_t left = multiply_whole<Row, most, Batch>(v, first, 0, count, rows, out);
+    multiply_whole<Row, 1, Batch>(v, first, left, count, rows, out);
+    return;
+  }
+  for (size_t start = 0; start < v.segment->columns; start += kSpan) {
+    const bool last = start + kSpan >= v.segment->columns;
+    size_t r = 0;
+    for (; r + kRowsAtOnce <= count; r += kRowsAtOnce) {
+      // After the last rows of a span come the first ones of the next.
+      const Row* next = rows + (r + kRowsAtOnce < count || last ? r + kRowsAtOnce : 0);
+      multiply_span<Row, kRowsAtOnce, Batch>(v, first + r, start, rows + r, next, out + r);
+    }
+    if (r < count) {
+      multiply_span<Row, 1, Batch>(v, first + r, start, rows + r, rows + r + 1, out + r);
+    }
+  }
 }
 
 // ---------------------------------------------------------------- many rows of the batch
 
-// The next `count` columns of a row as floats, zeros up to a whole step.
+// The next `count` columns of a row as floats, zeros up to a whole block.
 template <class Row>
 static void expand_columns(const ValuesWork& v, size_t number, Row& row, size_t start, size_t count,
                            float* out) {
   const Segment& s = *v.segment;
-  size_t i = 0;
-  for (; i + kStep <= count; i += kStep) v_store(out + i, row.next());
-  if (i < count) v_store(out + i, row.last(count - i));
+  Rest rest;
+  for (size_t i = 0; i < count; i += kColumns) {
+    if (count - i < kColumns) row.last(count - i, rest);
+    const uint64_t word = row.word();
+    COMPRESS_UNROLL
+    for (size_t k = 0; k < kColumns / kStep; ++k) v_store(out + i + k * kStep, row.next(word, k));
+  }
   if (!Row::kScaled) return;
   for (size_t at = start; at < start + count;) {
     const size_t group = at / s.group_size;
@@ -210,11 +324,18 @@ template <int Rows, int Batch>
 static void multiply_panel_rows(const float* panel, const float* x, size_t stride, size_t count,
                                 float* out) {
   PanelRow rows[Rows];
+  ptrdiff_t ahead[Rows] = {0};
+  COMPRESS_UNROLL
   for (int r = 0; r < Rows; ++r) rows[r].p = panel + (size_t)r * kSpan;
-  V sums[Batch * Rows];
-  for (int i = 0; i < Batch * Rows; ++i) sums[i] = v_zero();
-  add_columns<PanelRow, Rows, Batch>(rows, nullptr, x, stride, count, sums);
-  for (int b = 0; b < Batch; ++b) add_sums<Rows>(sums + b * Rows, out + b * (int)kTileRows);
+  Sums<Rows, Batch> sums;
+  sums.clear();
+  add_columns<PanelRow, Rows, Batch>(rows, nullptr, x, stride, count, ahead, sums);
+  if (const size_t rest = count % kColumns) {
+    float few[Batch * kColumns];
+    short_activations<Batch>(x + count - rest, stride, rest, few);
+    add_block<PanelRow, Rows, Batch>(rows, nullptr, few, kColumns, sums);
+  }
+  sums.add_to(out);
 }
 
 template <int Batch>
@@ -229,7 +350,7 @@ static void multiply_panel(const float* panel, size_t rows, const float* x, size
   }
 }
 
-// How many of the rows left to take. A single one would leave the multipliers waiting for its sums.
+// How many rows of the batch to take of those left: 3 2 2 rather than 3 3 1.
 COMPRESS_INLINE size_t batch_step(size_t left) {
   constexpr size_t most = kBatchAtOnce;
   return left == most + 1 && most > 2 ? most - 1 : smaller(left, most);
@@ -237,17 +358,16 @@ COMPRESS_INLINE size_t batch_step(size_t left) {
 
 static void multiply_panel_batch(const float* panel, size_t rows, const float* x, size_t stride,
                                  size_t count, size_t batch, float* out) {
-  switch (batch) {
-    case 1:
-      return multiply_panel<1>(panel, rows, x, stride, count, out);
-    case 2:
-      return multiply_panel<2>(panel, rows, x, stride, count, out);
-    case 3:
-      if constexpr (kBatchAtOnce >= 3) multiply_panel<3>(panel, rows, x, stride, count, out);
-      return;
-    default:
-      if constexpr (kBatchAtOnce >= 4) multiply_panel<4>(panel, rows, x, stride, count, out);
+  if constexpr (kBatchAtOnce >= 4) {
+    if (batch == 4) return multiply_panel<4>(panel, rows, x, stride, count, out);
   }
+  if constexpr (kBatchAtOnce >= 3) {
+    if (batch == 3) return multiply_panel<3>(panel, rows, x, stride, count, out);
+  }
+  if constexpr (kBatchAtOnce >= 2) {
+    if (batch == 2) return multiply_panel<2>(panel, rows, x, stride, count, out);
+  }
+  multiply_panel<1>(panel, rows, x, stride, count, out);
 }
 
 // out[batch][16] += one tile.
@@ -262,10 +382,9 @@ static void multiply_many(const ValuesWork& v, size_t first, size_t count, float
     for (size_t r = 0; r < count; ++r) {
       expand_columns(v, first + r, rows[r], start, columns, panel + r * kSpan);
     }
-    const float* x = v.x + start;
     for (size_t b = 0, each; b < v.batch; b += each) {
       each = batch_step(v.batch - b);
-      multiply_panel_batch(panel, count, x + b * v.stride, v.stride, columns, each,
+      multiply_panel_batch(panel, count, v.x + start + b * v.stride, v.stride, columns, each,
                            out + b * kTileRows);
     }
   }
@@ -274,11 +393,9 @@ static void multiply_many(const ValuesWork& v, size_t first, size_t count, float
 // ---------------------------------------------------------------- any segment
 
 template <class Row>
-static void multiply_value_rows(const ValuesWork& v, size_t first_tile, size_t tiles,
-                                float* totals) {
-  const Segment& s = *v.segment;
-  // Groups that end inside a step are scaled value by value, once all are expanded.
-  const bool broken = Row::kScaled && v.groups > 1 && s.group_size % kStep;
+static void multiply_rows_of(const ValuesWork& v, size_t first_tile, size_t tiles, float* totals) {
+  // Groups that end inside a block are scaled value by value, once all are expanded.
+  const bool broken = Row::kScaled && v.groups > 1 && v.segment->group_size % kColumns;
   for (size_t tile = 0; tile < tiles; ++tile) {
     const size_t first = (first_tile + tile) * kTileRows;
     const size_t count = smaller(kTileRows, v.rows - first);
@@ -286,9 +403,9 @@ static void multiply_value_rows(const ValuesWork& v, size_t first_tile, size_t t
     if (broken || v.batch > 2) {
       multiply_many<Row>(v, first, count, out);
     } else if (v.batch == 2) {
-      multiply_few_rows<Row, 2>(v, first, count, v.x, out);
+      multiply_few<Row, 2>(v, first, count, out);
     } else {
-      multiply_few_rows<Row, 1>(v, first, count, v.x, out);
+      multiply_few<Row, 1>(v, first, count, out);
     }
   }
 }
@@ -298,16 +415,16 @@ static void multiply_values(const ValuesWork& v, size_t first_tile, size_t tiles
   const bool sparse = v.segment->kind == kBitmask;
   switch ((int)v.segment->value_kind) {
     case kFloat32:
-      return sparse ? multiply_value_rows<SparseRow<kFloat32>>(v, first_tile, tiles, totals)
-                    : multiply_value_rows<DenseRow<kFloat32>>(v, first_tile, tiles, totals);
+      return sparse ? multiply_rows_of<SparseRow<kFloat32>>(v, first_tile, tiles, totals)
+                    : multiply_rows_of<DenseRow<kFloat32>>(v, first_tile, tiles, totals);
     case kFloat16:
-      return sparse ? multiply_value_rows<SparseRow<kFloat16>>(v, first_tile, tiles, totals)
-                    : multiply_value_rows<DenseRow<kFloat16>>(v, first_tile, tiles, totals);
+      return sparse ? multiply_rows_of<SparseRow<kFloat16>>(v, first_tile, tiles, totals)
+                    : multiply_rows_of<DenseRow<kFloat16>>(v, first_tile, tiles, totals);
     case kInt8:
-      return sparse ? multiply_value_rows<SparseRow<kInt8>>(v, first_tile, tiles, totals)
-                    : multiply_value_rows<DenseRow<kInt8>>(v, first_tile, tiles, totals);
+      return sparse ? multiply_rows_of<SparseRow<kInt8>>(v, first_tile, tiles, totals)
+                    : multiply_rows_of<DenseRow<kInt8>>(v, first_tile, tiles, totals);
     default:
-      return sparse ? multiply_value_rows<SparseRow<kBFloat16>>(v, first_tile, tiles, totals)
-                    : multiply_value_rows<DenseRow<kBFloat16>>(v, first_tile, tiles, totals);
+      return sparse ? multiply_rows_of<SparseRow<kBFloat16>>(v, first_tile, tiles, totals)
+                    : multiply_rows_of<DenseRow<kBFloat16>>(v, first_tile, tiles, totals);
   }
 }
