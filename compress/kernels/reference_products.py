@@ -178,8 +178,8 @@ def add_dense(x: F32, weights: F32, total: F32) -> None:
 
     Row by row of the batch, so that none depends on the others.
     """
-    for row, out in zip(x, total, strict=True):
-        out += weights @ row
+    for b in range(x.shape[0]):
+        total[b] += weights @ x[b]
 
 
 def dense_linear(x: Array, w: Array, y: Array) -> None:

@@ -66,9 +66,9 @@ COMPRESS_INLINE V dense_step(const uint8_t* p) {
 
 // Indexed by a byte of the bitmask. Entries of 0x80 become zero bytes.
 struct ExpandTables {
-  alignas(32) uint8_t bf16[256][32];   // the two bytes of a value, on top of a lane
-  alignas(32) uint8_t int8[256][32];   // the byte of a value, on top of a lane
-  alignas(32) int32_t fp32[256][8];    // the lane to take, negative where none
+  alignas(32) uint8_t bf16[256][32];  // the two bytes of a value, on top of a lane
+  alignas(32) uint8_t int8[256][32];  // the byte of a value, on top of a lane
+  alignas(32) int32_t fp32[256][8];   // the lane to take, negative where none
 };
 
 constexpr ExpandTables make_expand_tables() {

@@ -10,8 +10,8 @@
 // Unrolled before the compiler gives registers to arrays; else these would live in memory.
 #define COMPRESS_UNROLL _Pragma("GCC unroll 16")
 
-constexpr size_t kSpan = 1024;  // columns
-constexpr size_t kColumns = 64;  // of a block
+constexpr size_t kSpan = 1024;          // columns
+constexpr size_t kColumns = 64;         // of a block
 constexpr ptrdiff_t kAheadDense = 512;  // bytes; prefetched behind a buffer, too: it never faults
 constexpr int kRowsAtOnce = 2;
 
@@ -24,7 +24,9 @@ struct ValuesWork {
 };
 
 template <int K>
-constexpr size_t kBytes = K == kInt8 ? 1 : K == kFloat32 ? 4 : 2;
+constexpr size_t kBytes = K == kInt8      ? 1
+                          : K == kFloat32 ? 4
+                                          : 2;
 
 // Less than a block of a row, copied, with zeros behind it.
 struct Rest {
