@@ -342,5 +342,6 @@ NB_MODULE(_cpu, module) {
   module.def("pack_tiles", &pack_tiles);
   module.def("linear", &linear, nb::arg().noconvert(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg());
+  module.def("dense_linear", &dense_linear);
   module.def("pool_name", &compress::cpu::pool_name);
 }

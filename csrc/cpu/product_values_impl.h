@@ -395,7 +395,8 @@ static void multiply_many(const ValuesWork& v, size_t first, size_t count, float
 // ---------------------------------------------------------------- any segment
 
 template <class Row>
-static void multiply_rows_of(const ValuesWork& v, size_t first_tile, size_t tiles, float* totals) {
+static void multiply_value_rows(const ValuesWork& v, size_t first_tile, size_t tiles,
+                                float* totals) {
   // Groups that end inside a block are scaled value by value, once all are expanded.
   const bool broken = Row::kScaled && v.groups > 1 && v.segment->group_size % kColumns;
   for (size_t tile = 0; tile < tiles; ++tile) {
@@ -417,16 +418,16 @@ static void multiply_values(const ValuesWork& v, size_t first_tile, size_t tiles
   const bool sparse = v.segment->kind == kBitmask;
   switch ((int)v.segment->value_kind) {
     case kFloat32:
-      return sparse ? multiply_rows_of<SparseRow<kFloat32>>(v, first_tile, tiles, totals)
-                    : multiply_rows_of<DenseRow<kFloat32>>(v, first_tile, tiles, totals);
+      return sparse ? multiply_value_rows<SparseRow<kFloat32>>(v, first_tile, tiles, totals)
+                    : multiply_value_rows<DenseRow<kFloat32>>(v, first_tile, tiles, totals);
     case kFloat16:
-      return sparse ? multiply_rows_of<SparseRow<kFloat16>>(v, first_tile, tiles, totals)
-                    : multiply_rows_of<DenseRow<kFloat16>>(v, first_tile, tiles, totals);
+      return sparse ? multiply_value_rows<SparseRow<kFloat16>>(v, first_tile, tiles, totals)
+                    : multiply_value_rows<DenseRow<kFloat16>>(v, first_tile, tiles, totals);
     case kInt8:
-      return sparse ? multiply_rows_of<SparseRow<kInt8>>(v, first_tile, tiles, totals)
-                    : multiply_rows_of<DenseRow<kInt8>>(v, first_tile, tiles, totals);
+      return sparse ? multiply_value_rows<SparseRow<kInt8>>(v, first_tile, tiles, totals)
+                    : multiply_value_rows<DenseRow<kInt8>>(v, first_tile, tiles, totals);
     default:
-      return sparse ? multiply_rows_of<SparseRow<kBFloat16>>(v, first_tile, tiles, totals)
-                    : multiply_rows_of<DenseRow<kBFloat16>>(v, first_tile, tiles, totals);
+      return sparse ? multiply_value_rows<SparseRow<kBFloat16>>(v, first_tile, tiles, totals)
+                    : multiply_value_rows<DenseRow<kBFloat16>>(v, first_tile, tiles, totals);
   }
 }
