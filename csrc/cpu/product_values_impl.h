@@ -14,6 +14,7 @@ constexpr size_t kSpan = 1024;          // columns
 constexpr size_t kColumns = 64;         // of a block
 constexpr ptrdiff_t kAheadDense = 512;  // bytes; prefetched behind a buffer, too: it never faults
 constexpr int kRowsAtOnce = 2;
+constexpr size_t kRowsAhead = 4;  // from sparse rows to those that are prefetched
 
 struct ValuesWork {
   const Segment* segment;
@@ -275,8 +276,8 @@ COMPRESS_INLINE size_t multiply_whole(const ValuesWork& v, size_t first, size_t 
 // sparse rows a span is read after the other, so that x stays in the first cache.
 template <class Row, int Batch>
 static void multiply_few(const ValuesWork& v, size_t first, size_t count, float* out) {
-  Row rows[kTileRows + kRowsAtOnce];
-  for (size_t r = 0; r < kTileRows + kRowsAtOnce; ++r) {
+  Row rows[kTileRows + kRowsAhead];  // those of the next tile behind these
+  for (size_t r = 0; r < kTileRows + kRowsAhead; ++r) {
     rows[r].start(*v.segment, smaller(first + r, v.rows - 1));
   }
   if (Row::kWhole) {
@@ -290,7 +291,8 @@ static void multiply_few(const ValuesWork& v, size_t first, size_t count, float*
     size_t r = 0;
     for (; r + kRowsAtOnce <= count; r += kRowsAtOnce) {
       // After the last rows of a span come the first ones of the next.
-      const Row* next = rows + (r + kRowsAtOnce < count || last ? r + kRowsAtOnce : 0);
+      const size_t ahead = r + kRowsAhead;
+      const Row* next = rows + (ahead + kRowsAtOnce <= count || last ? ahead : ahead % kTileRows);
       multiply_span<Row, kRowsAtOnce, Batch>(v, first + r, start, rows + r, next, out + r);
     }
     if (r < count) {
