@@ -59,6 +59,7 @@ enum Fold { kAdd, kMin, kMax };
 
 // clang-format off: each uses the one before
 #include "product_codes_impl.h"
+#include "product_values_rows.h"
 #include "product_values_impl.h"
 #include "product_linear_impl.h"
 // clang-format on
