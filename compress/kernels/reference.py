@@ -36,8 +36,9 @@ SMALLEST_NORMAL = {
     "F32": np.float32(2.0**-126),
 }
 
-# Scale candidates of the search; the same tables stand in csrc/cpu/kernels_impl.h. They were chosen
-# by the squared error left on a sentence encoder's weights: 24 candidates gain 0.1 % over 16.
+# Scale candidates of the search; the same tables stand in csrc/cpu/quantize_impl.h. They were
+# chosen by the squared error left on a sentence encoder's weights: 24 candidates gain 0.1 % over
+# 16.
 CANDIDATES = 16
 # Symmetric: scale = absmax / divisor, divisors evenly spaced between these bounds times
 # 2^(bits-1). The first lies below 1: up to there the grid's longer side is not used up.
