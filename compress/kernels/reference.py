@@ -36,7 +36,7 @@ SMALLEST_NORMAL = {
     "F32": np.float32(2.0**-126),
 }
 
-# Scale candidates of the search; the same tables stand in csrc/cpu/quantize_impl.h. They were
+# Scale candidates of the search; the same tables stand in csrc/cpu/search_impl.h. They were
 # chosen by the squared error left on a sentence encoder's weights: 24 candidates gain 0.1 % over
 # 16.
 CANDIDATES = 16

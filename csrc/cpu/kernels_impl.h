@@ -14,12 +14,6 @@ constexpr float kInfinity = __builtin_inff();
 COMPRESS_INLINE size_t smaller(size_t a, size_t b) {
   return a < b ? a : b;
 }
-COMPRESS_INLINE float smaller(float a, float b) {
-  return a < b ? a : b;
-}
-COMPRESS_INLINE float larger(float a, float b) {
-  return a > b ? a : b;
-}
 
 template <int K>
 COMPRESS_INLINE size_t item_size() {

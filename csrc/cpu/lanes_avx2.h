@@ -48,6 +48,27 @@ COMPRESS_INLINE F min_(F x, F y) {
 COMPRESS_INLINE F max_(F x, F y) {
   return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
 }
+// As integers, floats of one sign are in order: these three take any of four ports, where a float
+// minimum would share two with every addition.
+COMPRESS_INLINE __m256 raise_half(__m256 high, __m256 x) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(high), _mm256_castps_si256(x)));
+}
+COMPRESS_INLINE F raise(F high, F x) {
+  return {raise_half(high.a, x.a), raise_half(high.b, x.b)};
+}
+COMPRESS_INLINE __m256 lower_half(__m256 low, __m256 x) {
+  return _mm256_castsi256_ps(_mm256_max_epu32(_mm256_castps_si256(low), _mm256_castps_si256(x)));
+}
+COMPRESS_INLINE F lower(F low, F x) {
+  return {lower_half(low.a, x.a), lower_half(low.b, x.b)};
+}
+COMPRESS_INLINE __m256 clip_half(__m256 x, __m256 low, __m256 high) {
+  const __m256i raised = _mm256_min_epu32(_mm256_castps_si256(x), _mm256_castps_si256(low));
+  return _mm256_castsi256_ps(_mm256_min_epi32(raised, _mm256_castps_si256(high)));
+}
+COMPRESS_INLINE F clip(F x, F low, F high) {
+  return {clip_half(x.a, low.a, high.a), clip_half(x.b, low.b, high.b)};
+}
 COMPRESS_INLINE F rint_(F x) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
@@ -134,18 +155,6 @@ COMPRESS_INLINE float reduce_add(F v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-COMPRESS_INLINE float reduce_min(F v) {
-  const __m256 eight = _mm256_min_ps(v.a, v.b);
-  const __m128 four = _mm_min_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
-}
-COMPRESS_INLINE float reduce_max(F v) {
-  const __m256 eight = _mm256_max_ps(v.a, v.b);
-  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 COMPRESS_INLINE uint32_t reduce_umax(U v) {
   const __m256i eight = _mm256_max_epu32(v.a, v.b);

@@ -42,6 +42,15 @@ COMPRESS_INLINE F min_(F x, F y) {
 COMPRESS_INLINE F max_(F x, F y) {
   return _mm512_max_ps(x, y);
 }
+COMPRESS_INLINE F raise(F high, F x) {
+  return _mm512_max_ps(high, x);
+}
+COMPRESS_INLINE F lower(F low, F x) {
+  return _mm512_min_ps(low, x);
+}
+COMPRESS_INLINE F clip(F x, F low, F high) {
+  return _mm512_min_ps(_mm512_max_ps(x, low), high);
+}
 COMPRESS_INLINE F rint_(F x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -102,12 +111,6 @@ COMPRESS_INLINE float reduce_add(F v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-COMPRESS_INLINE float reduce_min(F v) {
-  return _mm512_reduce_min_ps(v);
-}
-COMPRESS_INLINE float reduce_max(F v) {
-  return _mm512_reduce_max_ps(v);
 }
 COMPRESS_INLINE uint32_t reduce_umax(U v) {
   return _mm512_reduce_max_epu32(v);

@@ -60,6 +60,18 @@ COMPRESS_INLINE F min_(F x, F y) {
 COMPRESS_INLINE F max_(F x, F y) {
   COMPRESS_EACH(F, x.v[k] > y.v[k] ? x.v[k] : y.v[k]);
 }
+// The largest and smallest so far: of zero or more (+0 at first), of zero or less (-0 at first).
+// The sign of a zero that these and `clip` return is any.
+COMPRESS_INLINE F raise(F high, F x) {
+  return max_(high, x);
+}
+COMPRESS_INLINE F lower(F low, F x) {
+  return min_(low, x);
+}
+// To low <= -0 and high >= +0.
+COMPRESS_INLINE F clip(F x, F low, F high) {
+  return min_(max_(x, low), high);
+}
 // To nearest even for |x| < 2^22, which every argument here keeps.
 COMPRESS_INLINE F rint_(F x) {
   COMPRESS_EACH(F, (x.v[k] + 12582912.0f) - 12582912.0f);
