@@ -29,6 +29,22 @@ struct QuantizeArgs {
   double* sums;         // [rows, 3]
 };
 
+constexpr size_t kMaxSweep = 256;
+
+struct ObsArgs {
+  float* w;  // [rows, columns]; columns first to first + n are swept and become their errors
+  size_t rows, columns, first, n;  // n <= kMaxSweep
+  const float* upper;              // [n, n]
+  const uint8_t* mask;             // [rows, columns], nonzero = kept; or null
+  const uint8_t* exact;            // float [rows, n], NaN = free; or null
+  const uint8_t* scale;            // float [rows, groups]
+  const uint8_t* zero_point;       // [rows, groups]; null = 2^(bits-1)
+  size_t groups;
+  const int64_t* group;  // [n]
+  int bits;
+  uint8_t* codes;  // [rows, columns]
+};
+
 namespace cpu {
 struct LinearArgs;
 }
@@ -67,6 +83,7 @@ struct Kernels {
   void (*pack_tiles)(const uint8_t* codes, size_t rows, size_t columns, int bits, size_t group_size,
                      uint8_t* out);
   bool (*linear)(const cpu::LinearArgs& args);
+  void (*obs_block)(const ObsArgs& args);
 };
 
 namespace cpu {

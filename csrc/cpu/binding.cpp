@@ -300,6 +300,44 @@ void dense_linear(const Bytes& w, int w_kind, size_t rows, size_t columns, const
   multiply(matrix, x, x_kind, batch, y, y_kind, true, threads);
 }
 
+void obs_block(const Vector<float>& w, size_t rows, size_t columns, size_t first, size_t n,
+               const Vector<const float>& upper, const std::optional<Bytes>& mask,
+               const std::optional<Bytes>& exact, const Bytes& scale,
+               const std::optional<Bytes>& zero_point, size_t groups,
+               const Vector<const int64_t>& group, int bits, const OutBytes& codes) {
+  check_bits(bits);
+  require(n <= compress::kMaxSweep && first <= columns && n <= columns - first, "n: wrong size");
+  const size_t count = product(rows, columns), scales = product(rows, groups);
+  require(w.size() == count && codes.size() == count, "w and codes: wrong size");
+  require(upper.size() == n * n && group.size() == n, "upper or group: wrong size");
+  require(!mask || mask->size() == count, "mask: wrong size");
+  require(!exact || exact->size() == product(product(rows, n), 4), "exact: wrong size");
+  require(scale.size() == product(scales, 4), "scale: wrong size");
+  require(!zero_point || zero_point->size() == scales, "zero_point: wrong size");
+  for (size_t i = 0; i < n; ++i) {
+    require(group.data()[i] >= 0 && (size_t)group.data()[i] < groups, "group: out of range");
+  }
+  if (rows == 0 || n == 0) return;
+  const compress::ObsArgs args{
+      w.data(),
+      rows,
+      columns,
+      first,
+      n,
+      upper.data(),
+      mask ? mask->data() : nullptr,
+      exact ? exact->data() : nullptr,
+      scale.data(),
+      zero_point ? zero_point->data() : nullptr,
+      groups,
+      group.data(),
+      bits,
+      codes.data(),
+  };
+  const Release release;
+  kernels().obs_block(args);
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, module) {
@@ -344,4 +382,7 @@ NB_MODULE(_cpu, module) {
              nb::arg(), nb::arg(), nb::arg());
   module.def("dense_linear", &dense_linear);
   module.def("pool_name", &compress::cpu::pool_name);
+  module.def("obs_block", &obs_block, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg());
 }

@@ -46,4 +46,5 @@ static auto by_kind(Kind kind, const Function& f) {
 #include "codes_impl.h"
 #include "magnitudes_impl.h"
 #include "matrices_impl.h"
+#include "obs_impl.h"
 #include "quantize_impl.h"

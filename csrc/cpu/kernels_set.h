@@ -76,6 +76,7 @@ const Kernels kTable = {
     count_mask,        count_bits,          bitmask_compress,
     bitmask_expand,    add_low_rank,        error_sums,
     squared_norms,     pack_tiles,          linear,
+    obs_block,
 };
 
 }  // namespace COMPRESS_SET
