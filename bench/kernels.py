@@ -33,6 +33,7 @@ from compress.kernels import dispatch
 Call = Callable[[], Any]
 GROUP = 128
 TILE_ROWS = 128  # fewer rows keep codes nearer, more rows cost fewer calls
+LEFT = ("kernel", "candidate", "ratio to")
 
 
 def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
@@ -239,7 +240,7 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
-        table.add_column(column, justify="left" if column in ("kernel", "ratio to") else "right")
+        table.add_column(column, justify="left" if column in LEFT else "right")
     for row in rows:
         cells = (row.get(column, "") for column in columns)
         table.add_row(*(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))

@@ -71,7 +71,7 @@ def _damped(
     dead: NDArray[np.bool_],
 ) -> Matrix:
     """A float32 copy of H in `order` with its new diagonal."""
-    copy: Matrix = hessian[np.ix_(order, order)].astype(np.float32)
+    copy: Matrix = hessian[np.ix_(order, order)].astype(np.float32, copy=False)
     gone = dead[order]
     copy[gone] = 0
     copy[:, gone] = 0
