@@ -1,18 +1,22 @@
 """Speed of the kernels as ratios to what they replace or to the memory they read, one thread.
 
-    python bench/kernels.py [--json FILE] [--rounds 5] [--small]
+    python bench/kernels.py [--json FILE] [--rounds 5] [--small] [--ggml libggml-base.so]
 
 Rows of one table run interleaved in one process (each once a round); the median of the rounds is
 shown. Only ratios inside one run mean something. The process is bound to one processor before
 onnxruntime and torch start their threads, so that both have one, too. The matrix has 4096 x 14336
 weights (117 MB in bf16, 235 MB in float32, 58 MB of codes); bf16 inputs alternate between two
 copies, so that no run finds its input in the cache. torch.nn.utils.prune.global_unstructured runs
-once on 1e8 weights (it takes ten seconds and 5 GB); `--small` divides every size by 16.
+once on 1e8 weights (it takes ten seconds and 5 GB); `--small` divides every size by 16. `--ggml`
+names a build of ggml, whose Q4_0 quantizer (float32 in, blocks of 32) then runs beside ours.
+Quantizers and memory are timed by the processor's time as well: on a shared machine the wall clock
+also counts what other programs took.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -20,7 +24,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -36,16 +40,30 @@ TILE_ROWS = 128  # fewer rows keep codes nearer, more rows cost fewer calls
 LEFT = ("kernel", "candidate", "ratio to")
 
 
-def medians(calls: dict[str, Call], rounds: int) -> dict[str, float]:
+class Seconds(NamedTuple):
+    """Medians of a call: what passed, and what the processor spent on it."""
+
+    wall: float
+    processor: float
+
+
+def medians(calls: dict[str, Call], rounds: int) -> dict[str, Seconds]:
     """Seconds of each call, interleaved, one warm-up round."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             call()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                taken = Seconds(time.perf_counter() - wall, time.process_time() - processor)
+                seconds[name].append(taken)
+    return {
+        name: Seconds(
+            statistics.median(s.wall for s in values),
+            statistics.median(s.processor for s in values),
+        )
+        for name, values in seconds.items()
+    }
 
 
 def weights(rows: int, columns: int) -> np.ndarray:
@@ -54,7 +72,7 @@ def weights(rows: int, columns: int) -> np.ndarray:
 
 
 class Quantizer:
-    """Tiled quantize_groups and pack_bits over a matrix, as the quantize pass runs them."""
+    """Tiled quantize_groups and pack_bits over a matrix, or the packing inside the first."""
 
     def __init__(self, copies: list[np.ndarray]) -> None:
         self.copies = itertools.cycle(copies)
@@ -66,7 +84,14 @@ class Quantizer:
         self.zero = np.zeros((rows, columns // GROUP), np.uint8)
         self.sums = np.zeros((rows, 3))
 
-    def run(self, search: str, symmetric: bool, mask: np.ndarray | None = None) -> None:
+    def run(
+        self,
+        search: str,
+        symmetric: bool,
+        mask: np.ndarray | None = None,
+        *,
+        packed: bool = False,
+    ) -> None:
         """Codes, scales and packed codes of the next copy."""
         w = next(self.copies)
         for row in range(0, self.rows, TILE_ROWS):
@@ -80,12 +105,14 @@ class Quantizer:
                 scale_dtype="F16",
                 search=search,
                 signed_scale=True,
-                codes=self.codes,
+                codes=None if packed else self.codes,
                 scale=self.scale[block],
                 zero_point=None if symmetric else self.zero[block],
                 sums=self.sums[block],
+                packed=self.packed[block] if packed else None,
             )
-            kernels.pack_bits(self.codes, 4, self.packed[block])
+            if not packed:
+                kernels.pack_bits(self.codes, 4, self.packed[block])
 
 
 def onnxruntime_call(w: np.ndarray) -> Call:
@@ -106,7 +133,20 @@ def onnxruntime_call(w: np.ndarray) -> Call:
     return call
 
 
-def quantize_rows(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
+def ggml_call(library: str, w: np.ndarray) -> Call:
+    """ggml's own Q4_0 quantizer."""
+    quantize = ctypes.CDLL(library).ggml_quantize_chunk
+    quantize.restype = ctypes.c_size_t
+    number, pointer, integer = ctypes.c_int, ctypes.c_void_p, ctypes.c_int64
+    quantize.argtypes = [number, pointer, pointer, integer, integer, integer, pointer]
+    blocks = np.zeros(w.size // 32 * 18, np.uint8)
+    q4_0 = 2
+    return lambda: quantize(q4_0, w.ctypes.data, blocks.ctypes.data, 0, *w.shape, None)
+
+
+def quantize_rows(
+    shape: tuple[int, int], rounds: int, ggml: str | None = None
+) -> list[dict[str, Any]]:
     w = weights(*shape)
     narrow = w.astype(ml_dtypes.bfloat16)
     quantizer = Quantizer([narrow, narrow.copy()])
@@ -114,7 +154,10 @@ def quantize_rows(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     baseline = "onnxruntime quantize_matmul_4bits"
     calls: dict[str, Call] = {
         baseline: onnxruntime_call(w),
+        **({"ggml Q4_0": ggml_call(ggml, w)} if ggml else {}),
+        "read bf16 (finite_index)": lambda: kernels.finite_index(next(quantizer.copies)),
         "int4 symmetric": lambda: quantizer.run("none", True),
+        "int4 symmetric, packed at once": lambda: quantizer.run("none", True, packed=True),
         "int4 symmetric, half pruned": lambda: quantizer.run("none", True, mask),
         "int4 asymmetric": lambda: quantizer.run("none", False),
         "int4 symmetric, searched": lambda: quantizer.run("mse", True),
@@ -125,9 +168,11 @@ def quantize_rows(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     return [
         {
             "kernel": name,
-            "ms": 1e3 * value,
-            "Gweights/s": w.size / value / 1e9,
-            "ratio": seconds[baseline] / value,
+            "ms": 1e3 * value.wall,
+            "processor ms": 1e3 * value.processor,
+            "Gweights/s": w.size / value.processor / 1e9,
+            "ratio": seconds[baseline].wall / value.wall,
+            "by processor": seconds[baseline].processor / value.processor,
             "ratio to": baseline,
         }
         for name, value in seconds.items()
@@ -179,11 +224,12 @@ def memory_rows(shape: tuple[int, int], rounds: int) -> list[dict[str, Any]]:
     }
     kernels.bitmask_compress(expanded, chosen, bits, kept)
     seconds = medians({name: call for name, (call, _) in calls.items()}, rounds)
-    speed = {name: n * calls[name][1] / value / 1e9 for name, value in seconds.items()}
+    speed = {name: n * calls[name][1] / s.processor / 1e9 for name, s in seconds.items()}
     return [
         {
             "kernel": name,
-            "ms": 1e3 * value,
+            "ms": 1e3 * value.wall,
+            "processor ms": 1e3 * value.processor,
             "GB/s": speed[name],
             "ratio": speed[name] / speed[baseline],
             "ratio to": "read-only sweep",
@@ -210,7 +256,7 @@ def pruning_rows(n: int, rounds: int) -> list[dict[str, Any]]:
         tail, above_low = cut(low, keep - above)
         kernels.threshold_mask(w, prefix << 16 | tail, keep - above - above_low, mask)
 
-    ours = medians({"select": select}, rounds)["select"]
+    ours = medians({"select": select}, rounds)["select"].wall
     assert mask.sum() == n // 2
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.from_numpy(w))
@@ -251,6 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ggml", help="a build of ggml: the path of libggml-base.so")
     parser.add_argument("--small", action="store_true", help="a sixteenth of every size")
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
@@ -258,10 +305,10 @@ def main() -> None:
     divisor = 16 if options.small else 1
     shape = (4096 // divisor, 14336)
     backend = dispatch.current().backend
-    console = Console(width=110)
+    console = Console(width=140)
     console.print(f"backend {backend.name}, {backend.isa} ({backend.reason})")
     tables = {
-        "Quantizers, packed output included": quantize_rows(shape, options.rounds),
+        "Quantizers, packed output included": quantize_rows(shape, options.rounds, options.ggml),
         "Bounded by memory": memory_rows(shape, options.rounds),
         "Global magnitude pruning": pruning_rows(10**8 // divisor, options.rounds),
     }

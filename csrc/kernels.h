@@ -21,9 +21,11 @@ struct QuantizeArgs {
   int bits;
   size_t group_size;
   Kind scale_kind;
-  bool search;          // by squared error
-  bool signed_scale;    // symmetric search only
-  uint8_t* codes;       // [rows, columns]
+  bool search;        // by squared error
+  bool signed_scale;  // symmetric search only
+  uint8_t* codes;     // [rows, columns]; one row to work in where `packed` is wanted
+  uint8_t* packed;    // [rows, width], as pack_bits packs; or null
+  size_t width;
   uint8_t* scale;       // [rows, groups] of `scale_kind`
   uint8_t* zero_point;  // [rows, groups]; null = symmetric
   double* sums;         // [rows, 3]

@@ -114,6 +114,37 @@ def test_plain_symmetric_is_the_formula(bits: int, scale_dtype: str) -> None:
             np.testing.assert_array_equal(got.codes[row, 32 * g : 32 * g + 32], codes)
 
 
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("search", ["none", "mse"])
+def test_codes_may_be_packed_at_once(bits: int, search: str) -> None:
+    w = normal(5, 101, bits)
+    apart = quantize(w, bits=bits, search=search)
+    width = (101 * bits + 7) // 8 + 2
+    want, got = np.zeros((5, width), np.uint8), np.full((5, width), 0xA5, np.uint8)
+    kernels.pack_bits(apart.codes, bits, want)
+    scale, sums = np.zeros_like(apart.scale), np.zeros((5, 3))
+    options: dict[str, Any] = {
+        "bits": bits,
+        "group_size": 32,
+        "symmetric": True,
+        "scale_dtype": "F16",
+        "search": search,
+        "signed_scale": True,
+        "scale": scale,
+        "zero_point": None,
+        "sums": sums,
+    }
+    assert kernels.quantize_groups(w, None, codes=None, packed=got, **options) == -1
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(scale, apart.scale)
+    np.testing.assert_array_equal(sums, apart.sums)
+    for codes, packed in ((None, None), (apart.codes, got)):
+        with pytest.raises(ValueError, match="codes or packed must be given, and not both"):
+            kernels.quantize_groups(w, None, codes=codes, packed=packed, **options)
+    with pytest.raises(ValueError, match="packed array must be"):
+        kernels.quantize_groups(w, None, codes=None, packed=got[:, :3].copy(), **options)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_plain_asymmetric_is_the_formula(bits: int) -> None:
     w = normal(4, 64, bits) + np.float32(0.01)

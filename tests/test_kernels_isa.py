@@ -120,6 +120,7 @@ def test_quantize_groups(dtype: np.dtype, bits: int) -> None:
                 options: tuple[Any, ...] = (group_size, symmetric, scale_dtype, search, signed),
                 shape: tuple[int, int] = (rows, groups),
                 shift: int = shift,
+                width: int | None = (columns * bits + 7) // 8 + 1 if rng.random() < 0.5 else None,
             ) -> int:
                 group_size, symmetric, scale_dtype, search, signed = options
                 status = kernels.quantize_groups(
@@ -131,10 +132,13 @@ def test_quantize_groups(dtype: np.dtype, bits: int) -> None:
                     scale_dtype=scale_dtype,
                     search=search,
                     signed_scale=signed,
-                    codes=out.array(w.shape, np.uint8, shift),
+                    codes=out.array(w.shape, np.uint8, shift) if width is None else None,
                     scale=out.array(shape, kernels.SCALE_DTYPES[scale_dtype], shift),
                     zero_point=None if symmetric else out.array(shape, np.uint8, shift),
                     sums=out.array((w.shape[0], 3), np.float64),
+                    packed=None
+                    if width is None
+                    else out.array((w.shape[0], width), np.uint8, shift),
                 )
                 return status if status == -1 else Undefined(status)
 

@@ -178,15 +178,17 @@ def quantize_groups(
     scale_dtype: str,
     search: str,
     signed_scale: bool,
-    codes: U8,
+    codes: U8 | None,
     scale: Array,
     zero_point: U8 | None,
     sums: F64,
+    packed: U8 | None = None,
 ) -> int:
     """Round w [rows, cols] to codes with one scale a group of `group_size` columns of a row.
 
     mask bool [rows, cols] or None: False = pruned, takes no part and gets the code of zero.
-    codes uint8 [rows, cols]; scale [rows, groups] in scale_dtype ("F16", "BF16" or "F32");
+    codes uint8 [rows, cols], or None and instead packed uint8 [rows, >= ceil(cols * bits / 8)],
+    as pack_bits packs them; scale [rows, groups] in scale_dtype ("F16", "BF16" or "F32");
     zero_point uint8 [rows, groups], None if and only if symmetric; sums float64 [rows, 3] =
     (squared error, squared error of plain rounding, sum of w^2), pruned weights included.
     search: "none" or "mse"; signed_scale lets the symmetric search choose negative scales.
@@ -206,7 +208,13 @@ def quantize_groups(
         raise ValueError("zero_point must be None for symmetric codes, and only for them")
     if mask is not None:
         _check("mask", mask, np.bool_, w.shape)
-    _check("codes", codes, np.uint8, w.shape, writable=True)
+    if (codes is None) is (packed is None):
+        raise ValueError("codes or packed must be given, and not both")
+    if codes is not None:
+        _check("codes", codes, np.uint8, w.shape, writable=True)
+    if packed is not None:
+        _check("packed", packed, np.uint8, writable=True)
+        _wide_enough(packed, rows, columns, bits)
     _check("scale", scale, SCALE_DTYPES[scale_dtype], (rows, groups), writable=True)
     if zero_point is not None:
         _check("zero_point", zero_point, np.uint8, (rows, groups), writable=True)
@@ -226,6 +234,7 @@ def quantize_groups(
             scale=scale,
             zero_point=zero_point,
             sums=sums,
+            packed=packed,
         )
     return int(
         native.quantize_groups(
@@ -239,7 +248,9 @@ def quantize_groups(
             SCALE_KINDS[scale_dtype],
             search == "mse",
             signed_scale,
-            _raw(codes),
+            _raw(np.empty(columns, np.uint8) if codes is None else codes),
+            None if packed is None else _raw(packed),
+            0 if packed is None else packed.shape[1],
             _raw(scale),
             None if zero_point is None else _raw(zero_point),
             sums.reshape(-1),

@@ -337,19 +337,25 @@ def quantize_groups(
     scale_dtype: str,
     search: str,
     signed_scale: bool,
-    codes: U8,
+    codes: U8 | None,
     scale: Array,
     zero_point: U8 | None,
     sums: F64,
+    packed: U8 | None = None,
 ) -> int:
     """Codes, scales and zero points of groups of columns; see docs/kernels.md.
 
-    w, mask, codes [rows, cols]; scale, zero_point [rows, groups]; sums float64 [rows, 3].
+    w, mask, codes [rows, cols], or packed in place of codes; scale, zero_point [rows, groups];
+    sums float64 [rows, 3].
     Returns -1; the flat index i of the first non-finite weight; or -2 - i where the scale of
     the group that starts at flat index i does not fit `scale_dtype`. Outputs are then undefined.
     """
     rows, columns = w.shape
     sums[...] = 0
+    if codes is None:
+        codes = np.zeros(w.shape, np.uint8)
+    if packed is not None:
+        packed[...] = 0
     if rows == 0 or columns == 0:
         return -1
     whole = columns // group_size
@@ -389,6 +395,8 @@ def quantize_groups(
                 overflow = min(overflow, (row + r) * columns + begin + g * length)
                 break
     sums[...] = np.cumsum(totals, axis=1)[:, -1]
+    if packed is not None:
+        pack_bits(codes, bits, packed)
     if bad >= 0:  # the first offending group decides; inside one, the non-finite weight
         r, c = divmod(bad, columns)
         group_start = r * columns + c // group_size * group_size

@@ -76,6 +76,11 @@ void check_bits(int bits) {
   require(bits >= 2 && bits <= 8, "bits must be 2 to 8");
 }
 
+void check_packed(size_t n, int bits, size_t width) {
+  check_bits(bits);
+  require(width >= (product(n, static_cast<size_t>(bits)) + 7) / 8, "packed rows are too short");
+}
+
 using Release = nb::gil_scoped_release;
 
 void magnitude_histogram(const Bytes& w, int kind, const Vector<uint64_t>& counts) {
@@ -107,12 +112,16 @@ int64_t finite_index(const Bytes& w, int kind) {
 
 int64_t quantize_groups(const Bytes& w, int kind, const std::optional<Bytes>& mask, size_t rows,
                         size_t columns, int bits, size_t group_size, int scale_kind, bool search,
-                        bool signed_scale, const OutBytes& codes, const OutBytes& scale,
+                        bool signed_scale, const OutBytes& codes,
+                        const std::optional<OutBytes>& packed, size_t width, const OutBytes& scale,
                         const std::optional<OutBytes>& zero_point, const Vector<double>& sums) {
   const Kind weights = checked(kind), scales = checked(scale_kind);
   const size_t n = product(rows, columns), groups = product(rows, groups_of(columns, group_size));
   check_bits(bits);
-  require(count_of(w, weights) == n && codes.size() == n, "weights and codes: wrong size");
+  require(count_of(w, weights) == n, "weights: wrong size");
+  require(codes.size() == (packed ? columns : n), "codes: wrong size");
+  if (packed) check_packed(columns, bits, width);
+  require(!packed || packed->size() == product(rows, width), "packed: wrong size");
   require(!mask || mask->size() == n, "mask: wrong size");
   require(scale.size() == product(groups, item_size(scales)), "scale: wrong size");
   require(!zero_point || zero_point->size() == groups, "zero_point: wrong size");
@@ -120,19 +129,11 @@ int64_t quantize_groups(const Bytes& w, int kind, const std::optional<Bytes>& ma
   // An empty array's pointer may be null, but null means "no mask" and "symmetric".
   static uint8_t nothing;
   const compress::QuantizeArgs args{
-      w.data(),
-      weights,
-      mask ? (n ? mask->data() : &nothing) : nullptr,
-      rows,
-      columns,
-      bits,
-      group_size,
-      scales,
-      search,
-      signed_scale,
-      codes.data(),
-      scale.data(),
-      zero_point ? (groups ? zero_point->data() : &nothing) : nullptr,
+      w.data(),     weights,      mask ? (n ? mask->data() : &nothing) : nullptr,
+      rows,         columns,      bits,
+      group_size,   scales,       search,
+      signed_scale, codes.data(), packed ? packed->data() : nullptr,
+      width,        scale.data(), zero_point ? (groups ? zero_point->data() : &nothing) : nullptr,
       sums.data(),
   };
   const Release release;
@@ -151,11 +152,6 @@ void dequantize(const Bytes& codes, const Bytes& scale, const std::optional<Byte
   const Release release;
   kernels().dequantize(codes.data(), scale.data(), zero, rows, columns, bits, group_size,
                        out.data());
-}
-
-void check_packed(size_t n, int bits, size_t width) {
-  check_bits(bits);
-  require(width >= (product(n, static_cast<size_t>(bits)) + 7) / 8, "packed rows are too short");
 }
 
 void pack_bits(const Bytes& codes, size_t rows, size_t n, int bits, const OutBytes& out,
@@ -364,8 +360,8 @@ NB_MODULE(_cpu, module) {
   module.def("threshold_mask", &threshold_mask);
   module.def("finite_index", &finite_index);
   module.def("quantize_groups", &quantize_groups, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
-             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg().none(), nb::arg());
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   module.def("dequantize", &dequantize, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg());
   module.def("pack_bits", &pack_bits);

@@ -11,18 +11,22 @@ COMPRESS_INLINE F stored(F scale, Kind kind) {
   return lift(kind == kBFloat16 ? round_bf16(scale) : scale, 1.17549435e-38f);
 }
 
-static void write_scale(uint8_t* out, size_t index, float scale, Kind kind) {
-  uint32_t bits;
-  memcpy(&bits, &scale, 4);
+// The first `count` of sixteen scales.
+static void write_scales(uint8_t* out, const float* scales, size_t count, Kind kind) {
   if (kind == kFloat32) {
-    memcpy(out + 4 * index, &bits, 4);
+    memcpy(out, scales, 4 * count);
     return;
   }
-  uint16_t half = (uint16_t)(bits >> 16);
-  if (kind == kFloat16) {  // a normal fp16 value by now: only the exponent's bias differs
-    half = (uint16_t)((bits >> 16 & 0x8000u) | (((bits & 0x7FFFFFFFu) - (112u << 23)) >> 13));
+  uint32_t bits[kLanes];
+  uint16_t halves[kLanes];
+  memcpy(bits, scales, sizeof bits);
+  for (size_t i = 0; i < kLanes; ++i) {
+    // A normal fp16 value by now: only the exponent's bias differs.
+    const uint32_t half =
+        (bits[i] >> 16 & 0x8000u) | (((bits[i] & 0x7FFFFFFFu) - (112u << 23)) >> 13);
+    halves[i] = (uint16_t)(kind == kFloat16 ? half : bits[i] >> 16);
   }
-  memcpy(out + 2 * index, &half, 2);
+  memcpy(out, halves, 2 * count);
 }
 
 // ---------------------------------------------------------------- one chunk of a group
@@ -160,7 +164,9 @@ struct Batch {
   const QuantizeArgs& args;
   const float top;
   size_t count = 0;
-  size_t first[kLanes], size[kLanes], place[kLanes];  // flat index, weights, where in `w`
+  uint8_t* codes = nullptr;  // of the row
+  // Flat index and column of the first weight, their number, where they are in `w`.
+  size_t first[kLanes], begin[kLanes], size[kLanes], place[kLanes];
   double energy[kLanes], pruned[kLanes];  // sums of squares: of all weights, of pruned ones
   alignas(64) float low[kLanes], high[kLanes], folded[kLanes];
   alignas(64) float rows[4][kLanes * kLanes];
@@ -168,6 +174,7 @@ struct Batch {
 
   explicit Batch(const QuantizeArgs& args) : args(args), top((float)((1 << args.bits) - 1)) {
     memset(rows, 0, sizeof rows);  // a row without a group is folded, too
+    memset(energy, 0, sizeof energy);
   }
 
   size_t chunk(size_t i, size_t start) const { return smaller(kChunk, size[i] - start); }
@@ -186,6 +193,7 @@ struct Batch {
       const size_t padded = (smaller(n, kChunk) + kLanes - 1) / kLanes * kLanes;
       if (used + padded > kChunk) break;
       first[count] = row * args.columns + column;
+      begin[count] = column;
       size[count] = n;
       place[count] = used;
       survey_group(count);
@@ -201,7 +209,8 @@ struct Batch {
 
   void survey_group(size_t i) {
     Range r{set1(-0.0f), set1(0), set1(0), set1(0)};
-    energy[i] = pruned[i] = 0;
+    energy[i] = 0;
+    if (Masked) pruned[i] = 0;
     for (size_t start = 0; start < size[i]; start += kChunk) {
       if (start) {
         energy[i] += (double)reduce_add(r.energy);
@@ -223,16 +232,15 @@ struct Batch {
 
   // -1, or what quantize_groups returns for a group that cannot be coded.
   int64_t problem(const Scales& plain) const {
-    double all = 0;
-    for (size_t i = 0; i < count; ++i) all += energy[i];
-    // A NaN or an infinity spoils the sum of squares; so may large weights: then look closely.
-    const bool finite = all < (double)kInfinity;
-    for (size_t i = 0; i < count; ++i) {
-      if (!finite) {
-        const uint8_t* from = args.weights + first[i] * item_size<K>();
-        const int64_t bad = FiniteIndex{from, size[i]}.template run<K>();
-        if (bad >= 0) return (int64_t)first[i] + bad;
-      }
+    int doubts = 0;
+    for (size_t i = 0; i < kLanes; ++i) {
+      doubts += !(energy[i] < (double)kInfinity) | !(plain.scale[i] < kInfinity);
+    }
+    for (size_t i = 0; doubts && i < count; ++i) {
+      // A NaN or an infinity spoils the sum of squares; so may large weights: then look closely.
+      const uint8_t* from = args.weights + first[i] * item_size<K>();
+      const int64_t bad = FiniteIndex{from, size[i]}.template run<K>();
+      if (bad >= 0) return (int64_t)first[i] + bad;
       if (!(plain.scale[i] < kInfinity)) return -2 - (int64_t)first[i];
     }
     return -1;
@@ -254,7 +262,7 @@ struct Batch {
     for (size_t i = 0; i < count; ++i) {
       const Scale scale{by.scale[i], by.inverse[i], by.zero_point[i], top};
       each_chunk(i, [&](const float* from, size_t n, size_t start) __attribute__((always_inline)) {
-        measure<true, false, true>(from, n, scale, args.codes + first[i] + start);
+        measure<true, false, true>(from, n, scale, codes + begin[i] + start);
       });
     }
   }
@@ -262,7 +270,8 @@ struct Batch {
   // Sums over every group under its scale. Codes: written, too.
   template <bool Codes, bool Fit, bool Clip>
   void measure_all(const Scales& by, Totals& t) {
-    for (size_t i = 0; i < kLanes; ++i) t.error[i] = t.products[i] = t.squares[i] = 0;
+    for (size_t i = 0; i < kLanes; ++i) t.error[i] = 0;
+    for (size_t i = 0; Fit && i < kLanes; ++i) t.products[i] = t.squares[i] = 0;
     for (size_t i = 0; i < count; ++i) {
       const Scale scale{by.scale[i], by.inverse[i], by.zero_point[i], top};
       Sums last{set1(0), set1(0), set1(0)};
@@ -272,7 +281,7 @@ struct Batch {
           if (Fit) t.products[i] += (double)reduce_add(last.products);
           if (Fit) t.squares[i] += (double)reduce_add(last.squares);
         }
-        last = measure<Codes, Fit, Clip>(from, n, scale, args.codes + first[i] + start);
+        last = measure<Codes, Fit, Clip>(from, n, scale, codes + begin[i] + start);
       });
       store(rows[0] + kLanes * i, last.error);
       if (Fit) store(rows[1] + kLanes * i, last.products);
@@ -297,9 +306,11 @@ static int64_t quantize_rows(const QuantizeArgs& args) {
   // The largest weight of a symmetric group becomes the largest code, however its scale is rounded:
   // nothing to clip. With 2 bits it lies between two codes.
   const bool clips = args.zero_point || args.bits == 2;
+  const size_t scale_size = args.scale_kind == kFloat32 ? 4 : 2;
   size_t index = 0;
   for (size_t row = 0; row < args.rows; ++row) {
     double error_sum = 0, plain_sum = 0, energy_sum = 0;
+    batch.codes = args.codes + (args.packed ? 0 : row * args.columns);
     for (size_t column = 0; column < args.columns;) {
       column = batch.survey(row, column);
       plain_scales(args, batch.low, batch.high, scales);
@@ -312,15 +323,23 @@ static int64_t quantize_rows(const QuantizeArgs& args) {
           batch.template measure_all<true, false, true>(scales, error);
         else
           batch.template measure_all<true, false, false>(scales, error);
-        plain = error;
       }
-      for (size_t i = 0; i < batch.count; ++i, ++index) {
-        write_scale(args.scale, index, scales.scale[i], args.scale_kind);
-        if (args.zero_point) args.zero_point[index] = (uint8_t)scales.zero_point[i];
-        error_sum += error.error[i] + batch.pruned[i];
-        plain_sum += plain.error[i] + batch.pruned[i];
+      const Totals& before = args.search ? plain : error;
+      for (size_t i = 0; i < batch.count; ++i) {
+        const double pruned = Masked ? batch.pruned[i] : 0;
+        error_sum += error.error[i] + pruned;
+        plain_sum += before.error[i] + pruned;
         energy_sum += batch.energy[i];
       }
+      write_scales(args.scale + scale_size * index, scales.scale, batch.count, args.scale_kind);
+      for (size_t i = 0; args.zero_point && i < batch.count; ++i) {
+        args.zero_point[index + i] = (uint8_t)scales.zero_point[i];
+      }
+      index += batch.count;
+    }
+    if (args.packed) {
+      uint8_t* out = args.packed + row * args.width;
+      pack_bits(args.codes, 1, args.columns, args.bits, out, args.width);
     }
     double* sums = args.sums + 3 * row;
     sums[0] = error_sum;
