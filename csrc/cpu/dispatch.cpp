@@ -58,9 +58,9 @@ int available(const Kernels* tables[kMaxTables]) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   // These also ask whether the operating system saves the wide registers.
-  const bool avx2_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
-                       __builtin_cpu_supports("fma") && has_f16c();
+  const bool avx2_ok = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                       __builtin_cpu_supports("popcnt") && has_f16c();
   if (avx2_ok) tables[count++] = &avx2::kTable;
   if (avx2_ok && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {

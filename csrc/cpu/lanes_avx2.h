@@ -39,6 +39,9 @@ COMPRESS_INLINE F sub(F x, F y) {
 COMPRESS_INLINE F mul(F x, F y) {
   return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
 }
+COMPRESS_INLINE F sub_exact(F x, F y, F z) {
+  return {_mm256_fnmadd_ps(y.a, z.a, x.a), _mm256_fnmadd_ps(y.b, z.b, x.b)};
+}
 COMPRESS_INLINE F div(F x, F y) {
   return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)};
 }

@@ -33,6 +33,9 @@ COMPRESS_INLINE F sub(F x, F y) {
 COMPRESS_INLINE F mul(F x, F y) {
   return _mm512_mul_ps(x, y);
 }
+COMPRESS_INLINE F sub_exact(F x, F y, F z) {
+  return _mm512_fnmadd_ps(y, z, x);
+}
 COMPRESS_INLINE F div(F x, F y) {
   return _mm512_div_ps(x, y);
 }

@@ -51,6 +51,10 @@ COMPRESS_INLINE F sub(F x, F y) {
 COMPRESS_INLINE F mul(F x, F y) {
   COMPRESS_EACH(F, x.v[k] * y.v[k]);
 }
+// x - y * z, where y * z has no more than 24 bits: fused or not, one rounding.
+COMPRESS_INLINE F sub_exact(F x, F y, F z) {
+  return sub(x, mul(y, z));
+}
 COMPRESS_INLINE F div(F x, F y) {
   COMPRESS_EACH(F, x.v[k] / y.v[k]);
 }

@@ -84,8 +84,9 @@ struct Sums {
 };
 
 // Codes by the reciprocal of the scale, where wanted, and the sums that they leave. Fit: all three
-// sums. Clip: some weight may round to an integer beyond the grid.
-template <bool Codes, bool Fit, bool Clip>
+// sums. Clip: some weight may round to an integer beyond the grid. Short: a scale has 11 bits, so
+// that its product with an integer is exact.
+template <bool Codes, bool Fit, bool Clip, bool Short>
 COMPRESS_INLINE Sums measure(const float* w, size_t n, const Scale& by, uint8_t* codes) {
   const F s = set1(by.scale), inverse = set1(by.inverse), zero = set1(by.zero_point);
   const F low = set1(-by.zero_point), high = set1(by.top - by.zero_point);
@@ -93,7 +94,7 @@ COMPRESS_INLINE Sums measure(const float* w, size_t n, const Scale& by, uint8_t*
   const auto block = [&](F x) __attribute__((always_inline)) {
     const F nearest = rint_(mul(x, inverse));
     const F q = Clip ? clip(nearest, low, high) : nearest;
-    const F e = sub(x, mul(q, s));
+    const F e = Short ? sub_exact(x, q, s) : sub(x, mul(q, s));
     r.error = add(r.error, mul(e, e));
     if (Fit) {
       r.products = add(r.products, mul(x, q));
@@ -262,7 +263,7 @@ struct Batch {
     for (size_t i = 0; i < count; ++i) {
       const Scale scale{by.scale[i], by.inverse[i], by.zero_point[i], top};
       each_chunk(i, [&](const float* from, size_t n, size_t start) __attribute__((always_inline)) {
-        measure<true, false, true>(from, n, scale, codes + begin[i] + start);
+        measure<true, false, true, false>(from, n, scale, codes + begin[i] + start);
       });
     }
   }
@@ -270,6 +271,12 @@ struct Batch {
   // Sums over every group under its scale. Codes: written, too.
   template <bool Codes, bool Fit, bool Clip>
   void measure_all(const Scales& by, Totals& t) {
+    if (args.scale_kind == kFloat16) return measure_as<Codes, Fit, Clip, true>(by, t);
+    measure_as<Codes, Fit, Clip, false>(by, t);
+  }
+
+  template <bool Codes, bool Fit, bool Clip, bool Short>
+  void measure_as(const Scales& by, Totals& t) {
     for (size_t i = 0; i < kLanes; ++i) t.error[i] = 0;
     for (size_t i = 0; Fit && i < kLanes; ++i) t.products[i] = t.squares[i] = 0;
     for (size_t i = 0; i < count; ++i) {
@@ -281,7 +288,7 @@ struct Batch {
           if (Fit) t.products[i] += (double)reduce_add(last.products);
           if (Fit) t.squares[i] += (double)reduce_add(last.squares);
         }
-        last = measure<Codes, Fit, Clip>(from, n, scale, codes + begin[i] + start);
+        last = measure<Codes, Fit, Clip, Short>(from, n, scale, codes + begin[i] + start);
       });
       store(rows[0] + kLanes * i, last.error);
       if (Fit) store(rows[1] + kLanes * i, last.products);
