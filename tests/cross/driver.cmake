@@ -7,7 +7,7 @@ set(cross ${CMAKE_CURRENT_LIST_DIR})
 foreach(set IN LISTS sets)
   get_target_property(options kernels_${set} COMPILE_OPTIONS)
   if(options MATCHES "-mavx512")
-    list(FILTER options EXCLUDE REGEX "^-mavx512")
+    list(TRANSFORM options REPLACE "^-mavx512" "-DEMULATE_")
     list(APPEND options -Wno-psabi -I${cross}/avx512 -include immintrin.h)
     set_target_properties(kernels_${set} PROPERTIES COMPILE_OPTIONS "${options}")
     set_source_files_properties(csrc/cpu/dispatch.cpp PROPERTIES COMPILE_OPTIONS

@@ -156,6 +156,8 @@ int main() {
       reply.failure("ValueError", e.what());
     } catch (const std::invalid_argument& e) {
       reply.failure("ValueError", e.what());
+    } catch (const std::bad_alloc& e) {
+      reply.failure("MemoryError", e.what());
     } catch (const std::exception& e) {
       reply.failure("RuntimeError", e.what());
     }

@@ -153,6 +153,9 @@ inline Value to_value(const std::string& x) {
   v.text = x;
   return v;
 }
+inline Value to_value(const char* x) {
+  return to_value(std::string(x));
+}
 template <class T, std::enable_if_t<std::is_arithmetic_v<T>, int> = 0>
 Value to_value(T x) {
   Value v;
