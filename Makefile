@@ -1,14 +1,18 @@
 # Every target sets up what it needs in .venv; a second run installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
+, := ,
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: help setup demo test test-fast lint format bench large soak clean
+.PHONY: help setup demo test test-fast lint format asan tsan cross bench large soak clean
 
 help:
 	@echo "make demo    compress a real sentence encoder, verify it, compare embeddings"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make asan    the kernel tests with AddressSanitizer and UBSan (GCC)"
+	@echo "make tsan    the kernel tests with ThreadSanitizer (GCC)"
+	@echo "make cross   the kernel tests on NEON (QEMU) and emulated AVX-512 (SIMDe)"
 	@echo "make bench   the figures of docs/log.md, as ratios"
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
 	@echo "make soak    1000 kills"
@@ -40,6 +44,27 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
+
+# docs/sanitizers.md says what each option is for. The tests marked slow would take hours here.
+KERNEL_TESTS := $(wildcard tests/test_kernels*.py tests/test_product*.py)
+sanitizer_build = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/$@ -G Ninja \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCOMPRESS_SANITIZE=$(1) && \
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/$@
+sanitized = COMPRESS_TEST_EXTENSION=$$(echo $(CURDIR)/build/$@/_cpu.*so) \
+	PYTHONPATH=$(CURDIR)/tests/extension:$(CURDIR) LD_PRELOAD=$$(gcc -print-file-name=$(1)) \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" $(KERNEL_TESTS)
+
+asan: .venv/installed
+	$(call sanitizer_build,address$(,)undefined)
+	PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(call sanitized,libasan.so)
+
+tsan: .venv/installed
+	$(call sanitizer_build,thread)
+	TSAN_OPTIONS=halt_on_error=1 setarch -R env $(call sanitized,libtsan.so)
+
+cross: .venv/installed
+	COMPRESS_CROSS=1 $(BIN)/python -m pytest -s tests/test_cross_isa.py
 
 bench: .venv/installed
 	$(BIN)/python bench/kernels.py

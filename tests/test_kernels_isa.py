@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from guarded import Guarded, fenced
 
 from compress import kernels
 from compress.kernels import dispatch
@@ -19,7 +20,6 @@ _EXTENSION = dispatch.load_extension()
 ISAS: list[str] = _EXTENSION.available_isas() if _EXTENSION else []
 WEIGHT_DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 COLUMNS = [0, 1, 7, 15, 16, 17, 31, 33, 64, 100, 127, 128, 130, 257, 1000, 4095, 4097, 9001]
-GUARD = 64
 
 pytestmark = pytest.mark.skipif(not ISAS, reason="the compiled kernels are not built")
 
@@ -31,27 +31,6 @@ def restore() -> Iterator[None]:
     if before.native is not None:
         before.native.set_isa(before.backend.isa)
     dispatch._State.resolution = before
-
-
-class Guarded:
-    """Output arrays between guard bytes, prefilled with 0xA5, at a chosen misalignment."""
-
-    def __init__(self) -> None:
-        self.buffers: list[tuple[np.ndarray, int, int]] = []
-
-    def array(self, shape: tuple[int, ...], dtype: Any, shift: int = 0) -> np.ndarray:
-        dtype = np.dtype(dtype)
-        size = int(np.prod(shape)) * dtype.itemsize
-        start = GUARD + shift * dtype.itemsize
-        buffer = np.full(start + size + GUARD, 0xA5, np.uint8)
-        self.buffers.append((buffer, start, size))
-        return buffer[start : start + size].view(dtype).reshape(shape)
-
-    def check(self) -> list[bytes]:
-        for buffer, start, size in self.buffers:
-            assert (buffer[:start] == 0xA5).all(), "written before the array"
-            assert (buffer[start + size :] == 0xA5).all(), "written behind the array"
-        return [buffer[start : start + size].tobytes() for buffer, start, size in self.buffers]
 
 
 class Undefined(int):
@@ -78,7 +57,10 @@ def same_everywhere(call: Callable[[Guarded], Any]) -> None:
 
 
 def weights(rng: np.random.Generator, rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
-    """Normal, heavy-tailed, tied, one-sided or tiny values, at an odd address at times."""
+    """Normal, heavy-tailed, tied, one-sided or tiny values, at an odd address at times.
+
+    What is read behind them faults.
+    """
     values = rng.standard_normal((rows, columns)) * 10.0 ** rng.choice([-9, -5, -2, 0, 2])
     match rng.integers(5):
         case 0:
@@ -91,11 +73,7 @@ def weights(rng: np.random.Generator, rows: int, columns: int, dtype: np.dtype) 
             values[rng.random(values.shape) < 0.5] = 0
     largest = 6e4 if dtype == np.float16 else 3e38
     small = np.clip(values, -largest, largest).astype(np.float32).astype(dtype)
-    raw = np.empty(small.nbytes + 1, np.uint8)
-    odd = int(rng.integers(2))
-    view = raw[odd : odd + small.nbytes].view(dtype).reshape(small.shape)
-    view[...] = small
-    return view
+    return fenced(small, int(rng.integers(2)))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -106,7 +84,9 @@ def test_quantize_groups(dtype: np.dtype, bits: int) -> None:
         for _ in range(3):
             rows = int(rng.integers(0, 4))
             w = weights(rng, rows, columns, dtype)
-            mask = None if rng.random() < 0.4 else rng.random(w.shape) < rng.choice([0, 0.5, 0.9])
+            mask = None
+            if rng.random() < 0.6:
+                mask = fenced(rng.random(w.shape) < rng.choice([0, 0.5, 0.9]))
             group_size = int(rng.choice([1, 7, 16, 32, 40, 64, 128, 4096, 5000, 70_000]))
             scale_dtype = str(rng.choice(["F16", "BF16", "F32"]))
             symmetric, signed = bool(rng.integers(2)), bool(rng.integers(2))
@@ -163,15 +143,9 @@ def test_quantize_extremes(dtype: np.dtype) -> None:
         def call(
             out: Guarded,
             options: tuple[int, bool, str] = (group_size, symmetric, scale_dtype),
-        ) -> tuple[int, bytes | None]:
+        ) -> int:
             group_size, symmetric, scale_dtype = options
             shape = (1, -(-w.size // group_size))
-            arrays = {
-                "codes": np.zeros(w.shape, np.uint8),
-                "scale": np.zeros(shape, kernels.SCALE_DTYPES[scale_dtype]),
-                "zero_point": None if symmetric else np.zeros(shape, np.uint8),
-                "sums": np.zeros((1, 3)),
-            }
             status = kernels.quantize_groups(
                 w,
                 None,
@@ -181,11 +155,12 @@ def test_quantize_extremes(dtype: np.dtype) -> None:
                 scale_dtype=scale_dtype,
                 search="mse",
                 signed_scale=True,
-                **arrays,
+                codes=out.array(w.shape, np.uint8),
+                scale=out.array(shape, kernels.SCALE_DTYPES[scale_dtype]),
+                zero_point=None if symmetric else out.array(shape, np.uint8),
+                sums=out.array((1, 3), np.float64),
             )
-            if status != -1:
-                return status, None
-            return status, b"".join(a.tobytes() for a in arrays.values() if a is not None)
+            return status if status == -1 else Undefined(status)
 
         same_everywhere(call)
 
@@ -212,12 +187,13 @@ def test_errors_are_found_alike(dtype: np.dtype, scale_dtype: str) -> None:
                 scale_dtype=scale_dtype,
                 search="mse",
                 signed_scale=True,
-                codes=np.empty(w.shape, np.uint8),
-                scale=np.empty(shape, kernels.SCALE_DTYPES[scale_dtype]),
+                codes=out.array(w.shape, np.uint8),
+                scale=out.array(shape, kernels.SCALE_DTYPES[scale_dtype]),
                 zero_point=None,
-                sums=np.empty((3, 3)),
+                sums=out.array((3, 3), np.float64),
             )
-            return status * 1000 + kernels.finite_index(w)
+            found = status * 1000 + kernels.finite_index(w)
+            return found if status == -1 else Undefined(found)
 
         same_everywhere(call)
 
@@ -233,7 +209,7 @@ def test_magnitudes(dtype: np.dtype) -> None:
 
         def call(
             out: Guarded, w: np.ndarray = w, key: int = key, ties: int = ties, shift: int = shift
-        ) -> int:
+        ) -> tuple[int, int]:
             counts = out.array((1 << 15,), np.uint64)
             counts[...] = 3
             kernels.magnitude_histogram(w, counts)
@@ -243,7 +219,8 @@ def test_magnitudes(dtype: np.dtype) -> None:
                 kernels.magnitude_histogram_low(w, key >> 16, low)
             norms = out.array((1,), np.float64)
             kernels.squared_norms(w, norms)
-            return kernels.threshold_mask(w, key, ties, out.array(w.shape, np.bool_, shift))
+            kept = kernels.threshold_mask(w, key, ties, out.array(w.shape, np.bool_, shift))
+            return kept, kernels.finite_index(w)
 
         same_everywhere(call)
 
@@ -252,14 +229,14 @@ def test_magnitudes(dtype: np.dtype) -> None:
 def test_codes(bits: int) -> None:
     rng = np.random.default_rng(bits)
     for columns in COLUMNS:
-        rows, shift = int(rng.integers(1, 4)), int(rng.integers(33))
-        codes = rng.integers(0, 256, (rows, columns), dtype=np.uint8)  # high bits are ignored
+        rows, shift = int(rng.integers(0, 4)), int(rng.integers(33))
+        codes = fenced(rng.integers(0, 256, (rows, columns), dtype=np.uint8))  # 8 bits: cut
         width = (columns * bits + 7) // 8 + int(rng.integers(0, 4))
-        packed = rng.integers(0, 256, (rows, width), dtype=np.uint8)
+        packed = fenced(rng.integers(0, 256, (rows, width), dtype=np.uint8))
         group_size = int(rng.choice([1, 7, 16, 33, 128, 10_000]))
         groups = -(-columns // group_size)
-        scale = rng.standard_normal((rows, groups)).astype(np.float32)
-        zero = rng.integers(0, 1 << bits, (rows, groups), dtype=np.uint8)
+        scale = fenced(rng.standard_normal((rows, groups)).astype(np.float32), shift % 4)
+        zero = fenced(rng.integers(0, 1 << bits, (rows, groups), dtype=np.uint8))
 
         def call(
             out: Guarded,
@@ -282,24 +259,24 @@ def test_bitmasks(item: int) -> None:
     rng = np.random.default_rng(item)
     for columns in COLUMNS:
         rows, shift = int(rng.integers(0, 4)), int(rng.integers(9))
-        values = rng.integers(0, 256, (rows, columns, item), dtype=np.uint8)
-        values = (
-            values.view(f"u{item}")[..., 0]
-            if columns and rows
-            else np.empty((rows, columns), f"u{item}")
-        )
-        values = np.ascontiguousarray(values)
-        mask = rng.random((rows, columns)) < rng.choice([0.0, 0.1, 0.5, 0.9, 1.0])
+        raw = rng.integers(0, 256, rows * columns * item, dtype=np.uint8)
+        values = fenced(raw.view(f"u{item}").reshape(rows, columns), shift % item)
+        mask = fenced(rng.random((rows, columns)) < rng.choice([0.0, 0.1, 0.5, 0.9, 1.0]))
+        spare = int(rng.integers(9))  # room behind the kept values, which stays as it was
 
         def call(
-            out: Guarded, values: np.ndarray = values, mask: np.ndarray = mask, shift: int = shift
+            out: Guarded,
+            arrays: tuple[np.ndarray, ...] = (values, mask),
+            shift: int = shift,
+            spare: int = spare,
         ) -> int:
+            values, mask = arrays
             rows, columns = values.shape
             bits = out.array((rows, (columns + 7) // 8), np.uint8, shift)
-            kept = out.array((int(mask.sum()),), values.dtype, shift)
+            kept = out.array((int(mask.sum()) + spare,), values.dtype, shift)
             count = kernels.bitmask_compress(values, mask, bits, kept)
             back = out.array(values.shape, values.dtype, shift)
-            kernels.bitmask_expand(bits, kept, 77, back)
+            kernels.bitmask_expand(fenced(bits), fenced(kept[:count], shift % item), 77, back)
             return count
 
         same_everywhere(call)
@@ -321,18 +298,22 @@ def test_float_matrices(dtype: np.dtype) -> None:
         rows, rank = int(rng.integers(0, 4)), int(rng.choice([0, 1, 5, 130]))
         w = weights(rng, rows, columns, dtype)
         start = rng.standard_normal((rows, columns)).astype(np.float32)
-        b = rng.standard_normal((rows, rank)).astype(np.float32)
-        a = rng.standard_normal((rank, columns)).astype(np.float32)
+        shift = int(rng.integers(4))
+        b = fenced(rng.standard_normal((rows, rank)).astype(np.float32), shift)
+        a = fenced(rng.standard_normal((rank, columns)).astype(np.float32), shift)
+        decoded = fenced(start + np.float32(1), shift)
 
         def call(
-            out: Guarded, w: np.ndarray = w, factors: tuple[np.ndarray, ...] = (start, b, a)
+            out: Guarded,
+            w: np.ndarray = w,
+            factors: tuple[np.ndarray, ...] = (start, b, a, decoded),
         ) -> None:
             matrix = out.array(w.shape, np.float32, 1)
             matrix[...] = factors[0]
             kernels.add_low_rank(matrix, factors[1], factors[2])
             sums = out.array((2,), np.float64)
             sums[...] = 1
-            kernels.error_sums(w, matrix, sums)
+            kernels.error_sums(w, factors[3], sums)
             kernels.squared_norms(w, out.array((w.shape[0],), np.float64))
 
         same_everywhere(call)

@@ -18,4 +18,6 @@ endforeach()
 add_executable(driver ${sources} ${cross}/driver.cpp)
 target_include_directories(driver PRIVATE ${cross})
 target_link_libraries(driver PRIVATE ${libraries})
-target_link_options(driver PRIVATE -static)
+if(NOT COMPRESS_SANITIZE)
+  target_link_options(driver PRIVATE -static) # an emulator finds no libraries
+endif()
