@@ -52,7 +52,8 @@ sanitizer_build = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/$@ -G Ninj
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/$@
 sanitized = COMPRESS_TEST_EXTENSION=$$(echo $(CURDIR)/build/$@/_cpu.*so) \
 	PYTHONPATH=$(CURDIR)/tests/extension:$(CURDIR) LD_PRELOAD=$$(gcc -print-file-name=$(1)) \
-	$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow" $(KERNEL_TESTS)
+	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" \
+	$(KERNEL_TESTS)
 
 asan: .venv/installed
 	$(call sanitizer_build,address$(,)undefined)
