@@ -51,7 +51,8 @@ sanitizer_build = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/$@ -G Ninj
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCOMPRESS_SANITIZE=$(1) && \
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/$@
 sanitized = COMPRESS_TEST_EXTENSION=$$(echo $(CURDIR)/build/$@/_cpu.*so) \
-	PYTHONPATH=$(CURDIR)/tests/extension:$(CURDIR) LD_PRELOAD=$$(gcc -print-file-name=$(1)) \
+	PYTHONPATH=$(CURDIR)/tests/extension:$(CURDIR) \
+	LD_PRELOAD="$$(gcc -print-file-name=$(1)) $$(gcc -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" \
 	$(KERNEL_TESTS)
 

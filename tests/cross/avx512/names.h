@@ -2,7 +2,6 @@
 
 #pragma once
 
-
 // memory
 #undef _mm512_load_si512
 #define _mm512_load_si512(p) fill::aligned_load<__m512i>(p)
@@ -277,35 +276,41 @@
 #undef _mm512_srai_epi16
 #define _mm512_srai_epi16(x, by) fill::shift_right<int16_t>(x, by)
 #undef _mm512_test_epi8_mask
-#define _mm512_test_epi8_mask(x, y) (__mmask64)fill::test<uint8_t>(x, y)
+#define _mm512_test_epi8_mask(x, y) (__mmask64) fill::test<uint8_t>(x, y)
 #undef _mm512_test_epi16_mask
-#define _mm512_test_epi16_mask(x, y) (__mmask32)fill::test<uint16_t>(x, y)
+#define _mm512_test_epi16_mask(x, y) (__mmask32) fill::test<uint16_t>(x, y)
 #undef _mm512_test_epi32_mask
-#define _mm512_test_epi32_mask(x, y) (__mmask16)fill::test<uint32_t>(x, y)
+#define _mm512_test_epi32_mask(x, y) (__mmask16) fill::test<uint32_t>(x, y)
 #undef _mm256_test_epi8_mask
-#define _mm256_test_epi8_mask(x, y) (__mmask32)fill::test<uint8_t>(x, y)
+#define _mm256_test_epi8_mask(x, y) (__mmask32) fill::test<uint8_t>(x, y)
 #undef _mm256_test_epi16_mask
-#define _mm256_test_epi16_mask(x, y) (__mmask16)fill::test<uint16_t>(x, y)
+#define _mm256_test_epi16_mask(x, y) (__mmask16) fill::test<uint16_t>(x, y)
 #undef _mm256_test_epi32_mask
-#define _mm256_test_epi32_mask(x, y) (__mmask8)fill::test<uint32_t>(x, y)
+#define _mm256_test_epi32_mask(x, y) (__mmask8) fill::test<uint32_t>(x, y)
 #undef _mm_test_epi8_mask
-#define _mm_test_epi8_mask(x, y) (__mmask16)fill::test<uint8_t>(x, y)
+#define _mm_test_epi8_mask(x, y) (__mmask16) fill::test<uint8_t>(x, y)
 #undef _mm_test_epi16_mask
-#define _mm_test_epi16_mask(x, y) (__mmask8)fill::test<uint16_t>(x, y)
+#define _mm_test_epi16_mask(x, y) (__mmask8) fill::test<uint16_t>(x, y)
 #undef _mm_test_epi32_mask
-#define _mm_test_epi32_mask(x, y) (__mmask8)fill::test<uint32_t>(x, y)
+#define _mm_test_epi32_mask(x, y) (__mmask8) fill::test<uint32_t>(x, y)
 #undef _mm512_cmplt_epi32_mask
-#define _mm512_cmplt_epi32_mask(x, y) (__mmask16)fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a < b; })
+#define _mm512_cmplt_epi32_mask(x, y) \
+  (__mmask16) fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a < b; })
 #undef _mm512_cmple_epi32_mask
-#define _mm512_cmple_epi32_mask(x, y) (__mmask16)fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a <= b; })
+#define _mm512_cmple_epi32_mask(x, y) \
+  (__mmask16) fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a <= b; })
 #undef _mm512_cmpgt_epi32_mask
-#define _mm512_cmpgt_epi32_mask(x, y) (__mmask16)fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a > b; })
+#define _mm512_cmpgt_epi32_mask(x, y) \
+  (__mmask16) fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a > b; })
 #undef _mm512_cmpge_epi32_mask
-#define _mm512_cmpge_epi32_mask(x, y) (__mmask16)fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a >= b; })
+#define _mm512_cmpge_epi32_mask(x, y) \
+  (__mmask16) fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a >= b; })
 #undef _mm512_cmpeq_epi32_mask
-#define _mm512_cmpeq_epi32_mask(x, y) (__mmask16)fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a == b; })
+#define _mm512_cmpeq_epi32_mask(x, y) \
+  (__mmask16) fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a == b; })
 #undef _mm512_cmpneq_epi32_mask
-#define _mm512_cmpneq_epi32_mask(x, y) (__mmask16)fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a != b; })
+#define _mm512_cmpneq_epi32_mask(x, y) \
+  (__mmask16) fill::compare<int32_t>(x, y, [](int32_t a, int32_t b) { return a != b; })
 #undef _mm512_reduce_add_ps
 #define _mm512_reduce_add_ps(x) fill::reduce_tree(x, fill::Add{})
 #undef _mm512_reduce_add_epi32
