@@ -53,7 +53,7 @@ sanitizer_build = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/$@ -G Ninj
 sanitized = COMPRESS_TEST_EXTENSION=$$(echo $(CURDIR)/build/$@/_cpu.*so) \
 	PYTHONPATH=$(CURDIR)/tests/extension:$(CURDIR) \
 	LD_PRELOAD="$$(gcc -print-file-name=$(1)) $$(gcc -print-file-name=libstdc++.so)" \
-	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" \
+	$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -m "not slow" -k "not torch" \
 	$(KERNEL_TESTS)
 
 asan: .venv/installed
