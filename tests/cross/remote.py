@@ -152,7 +152,7 @@ def available_isas() -> list[str]:
     """The driver's instruction sets, or those of them that the environment names."""
     shown: list[str] = _driver.call("available_isas", ())
     wanted = os.environ.get("COMPRESS_CROSS_ISAS")
-    return [name for name in shown if wanted is None or name in wanted.split(",")]
+    return [name for name in shown if not wanted or name in wanted.split(",")]
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
