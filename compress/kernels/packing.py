@@ -154,13 +154,17 @@ class _Buffer:
         """The whole buffer, its address a multiple of 64."""
         size = -(-self.end // ALIGNMENT) * ALIGNMENT
         words[1] = size
-        room = np.zeros(size + ALIGNMENT, np.uint8)
+        room = np.empty(size + ALIGNMENT, np.uint8)  # numpy asks for huge pages here, not for zeros
         skip = -room.ctypes.data % ALIGNMENT
-        out = room[skip : skip + size]
-        out[: words.nbytes] = words.view(np.uint8)
+        out: U8 = room[skip : skip + size]
+        end = words.nbytes
+        out[:end] = words.view(np.uint8)
         for offset, array in self.arrays:
+            out[end:offset] = 0
             flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            out[offset : offset + flat.size] = flat
+            end = offset + flat.size
+            out[offset:end] = flat
+        out[end:] = 0
         return out
 
 

@@ -84,7 +84,7 @@ static size_t find_massive(const float* x, size_t length, float largest, const u
   while (magnitude(x[place]) != largest) ++place;
   float second = 0;
   for (size_t i = 0; i < length; ++i) {
-    if (i != place) second = larger(second, magnitude(x[i]));
+    if (i != place && magnitude(x[i]) > second) second = magnitude(x[i]);
   }
   *next = second;
   return largest > second * kMassive ? place : length;

@@ -79,7 +79,7 @@ struct Scale {
 };
 
 // The lanes of sums over a chunk: of (w - decoded)^2, of w * q and of q * q, q = code - zero_point.
-struct Sums {
+struct GroupSums {
   F error, products, squares;
 };
 
@@ -87,10 +87,10 @@ struct Sums {
 // sums. Clip: some weight may round to an integer beyond the grid. Short: a scale has 11 bits, so
 // that its product with an integer is exact.
 template <bool Codes, bool Fit, bool Clip, bool Short>
-COMPRESS_INLINE Sums measure(const float* w, size_t n, const Scale& by, uint8_t* codes) {
+COMPRESS_INLINE GroupSums measure(const float* w, size_t n, const Scale& by, uint8_t* codes) {
   const F s = set1(by.scale), inverse = set1(by.inverse), zero = set1(by.zero_point);
   const F low = set1(-by.zero_point), high = set1(by.top - by.zero_point);
-  Sums r{set1(0), set1(0), set1(0)};
+  GroupSums r{set1(0), set1(0), set1(0)};
   const auto block = [&](F x) __attribute__((always_inline)) {
     const F nearest = rint_(mul(x, inverse));
     const F q = Clip ? clip(nearest, low, high) : nearest;
@@ -281,7 +281,7 @@ struct Batch {
     for (size_t i = 0; Fit && i < kLanes; ++i) t.products[i] = t.squares[i] = 0;
     for (size_t i = 0; i < count; ++i) {
       const Scale scale{by.scale[i], by.inverse[i], by.zero_point[i], top};
-      Sums last{set1(0), set1(0), set1(0)};
+      GroupSums last{set1(0), set1(0), set1(0)};
       each_chunk(i, [&](const float* from, size_t n, size_t start) __attribute__((always_inline)) {
         if (start) {
           t.error[i] += (double)reduce_add(last.error);
