@@ -32,24 +32,25 @@ class Resolution:
     native: Any | None
 
 
-def load_extension() -> ModuleType | None:
-    """The extension module, or None where it was never built.
+def load_extension(
+    name: str = EXTENSION,
+    what: str = "the compiled kernels",
+    hint: str = f"rebuild or remove the extension, or set {VARIABLE}=reference",
+) -> ModuleType | None:
+    """The extension module `name`, or None where it was never built.
 
     Raises CompressError where it exists and does not load: a broken build must not look like a
     missing one.
     """
     try:
-        return importlib.import_module(EXTENSION)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name == EXTENSION:
+        if error.name == name:
             return None
         reason = str(error)
     except (ImportError, OSError) as error:
         reason = str(error)
-    raise CompressError(
-        f"the compiled kernels exist but do not load: {reason}",
-        hint=f"rebuild or remove the extension, or set {VARIABLE}=reference",
-    )
+    raise CompressError(f"{what} exist but do not load: {reason}", hint=hint)
 
 
 def resolve(wanted: str = "") -> Resolution:
