@@ -4,7 +4,7 @@ BIN := .venv/bin
 , := ,
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: help setup demo test test-fast lint format asan tsan cross bench large soak clean
+.PHONY: help setup demo test test-fast lint format asan tsan cross bench large soak cuda cuda-check clean
 
 help:
 	@echo "make demo    compress a real sentence encoder, verify it, compare embeddings"
@@ -16,6 +16,8 @@ help:
 	@echo "make bench   the figures of docs/log.md, as ratios"
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
 	@echo "make soak    1000 kills"
+	@echo "make cuda    the CUDA kernels, into compress/kernels (needs nvcc)"
+	@echo "make cuda-check  those, tested and timed on a device"
 
 # The stamp says what was installed; it is rebuilt when the build's inputs change.
 .venv/installed: pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
@@ -78,6 +80,17 @@ large: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python bench/kills.py --kills 1000
+
+cuda: .venv/installed
+	@if command -v nvcc >/dev/null; then \
+	  $(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCOMPRESS_CUDA=ON \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/compress/kernels && \
+	  $(BIN)/cmake --build build/cuda --target _cuda; \
+	else echo "make cuda: there is no nvcc on PATH: the CUDA kernels are not built"; fi
+
+cuda-check: cuda
+	PYTHONPATH=$(CURDIR) $(BIN)/python bench/cuda_check.py
 
 clean:
 	rm -rf .venv build dist demo-out *.egg-info compress/kernels/*.so .pytest_cache .mypy_cache .ruff_cache

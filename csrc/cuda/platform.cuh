@@ -66,8 +66,9 @@ void launch(const char* name, const Place& place, void (*kernel)(Parameters...),
                    [=] { kernel(static_cast<Parameters>(arguments)...); });
 #else
   (void)cudaGetLastError();
-  kernel<<<grid, dim3(threads), shared, stream_of(place)> > >(
-      static_cast<Parameters>(arguments)...);
+  // clang-format off
+  kernel<<<grid, dim3(threads), shared, stream_of(place)>>>(static_cast<Parameters>(arguments)...);
+  // clang-format on
   check(cudaGetLastError(), name);
 #endif
 }
