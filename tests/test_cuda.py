@@ -287,6 +287,13 @@ def test_bitmask_compress_and_expand(device: Device, dtype: Any) -> None:
             device.check()
 
 
+def test_row_offsets_of_many_rows(device: Device) -> None:
+    """More rows than one round of the scan takes."""
+    bits = np.random.default_rng(9).integers(0, 256, (9001, 3)).astype(np.uint8)
+    counts = np.unpackbits(bits, axis=1, bitorder="little")[:, :21].sum(axis=1)
+    assert cuda.row_offsets(device.put(bits), 21).tolist() == [0, *np.cumsum(counts)]
+
+
 def test_bits_behind_the_last_column_count_for_nothing(device: Device) -> None:
     bits = np.full((3, 2), 0xFF, np.uint8)
     assert cuda.row_offsets(device.put(bits), 9).tolist() == [0, 9, 18, 27]

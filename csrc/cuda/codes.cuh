@@ -23,7 +23,14 @@ __device__ __forceinline__ uint32_t zero_constant(uint32_t zero_point) {
 template <int K, int Bits>
 __device__ __forceinline__ uint32_t decode_pair(uint32_t word, int p, uint32_t zero) {
   constexpr uint32_t mask = ((1u << Bits) - 1) * 0x00010001u;
-  if constexpr (K == kFloat16) {
+  if constexpr (K == kFloat16 && Bits == 4) {
+    // Odd pairs stay four bits up, 1024 + 16 code: a shift less each. A fused multiply-add brings
+    // them down: (1024 + 16 code) / 16 - (64 + zero point).
+    const uint32_t shifted = word >> p / 2 * 8;
+    if (p % 2 == 0) return sub_half2((shifted & 0x000F000Fu) | 0x64006400u, zero);
+    const uint32_t less = (zero & 0x000F000Fu) << 4 | 0x54005400u;
+    return fma_half2((shifted & 0x00F000F0u) | 0x64006400u, 0x2C002C00u, less ^ 0x80008000u);
+  } else if constexpr (K == kFloat16) {
     return sub_half2((word >> Bits * p & mask) | 0x64006400u, zero);
   } else if constexpr (Bits < 8) {
     return sub_bfloat2((word >> Bits * p & mask) | 0x43004300u, zero);

@@ -111,7 +111,25 @@ __device__ __forceinline__ uint32_t sub_half2(uint32_t a, uint32_t b) {
 #endif
 }
 
-// The same on two bfloat16s; sm_80 subtracts them by its fused multiply-add only.
+// a * b + c on two halves, rounded once.
+__device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef COMPRESS_CUDA_EMULATED
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float product = half_to_float(static_cast<uint16_t>(a >> shift)) *
+                          half_to_float(static_cast<uint16_t>(b >> shift));  // exact
+    const float sum = product + half_to_float(static_cast<uint16_t>(c >> shift));
+    result |= static_cast<uint32_t>(float_to_half(sum)) << shift;
+  }
+  return result;
+#else
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+#endif
+}
+
+// a - b on two bfloat16s; sm_80 subtracts them by its fused multiply-add only.
 __device__ __forceinline__ uint32_t sub_bfloat2(uint32_t a, uint32_t b) {
 #ifdef COMPRESS_CUDA_EMULATED
   uint32_t result = 0;

@@ -24,7 +24,6 @@ struct CodesWork {
   const uint8_t* zero_point;
   i64 columns, words, groups, group_size;
   int scale_kind;
-  bool vector_x;
   Epilogue epilogue;
 };
 
@@ -43,54 +42,36 @@ struct WordVector<4> {
   using Type = uint4;
 };
 
-// `Words` words from `first` on; those behind the row's end are zero.
+// `Words` words from `first` on, or zeros: a row ends between two such loads, never inside one.
 template <int Words>
 __device__ __forceinline__ void load_words(const uint32_t* row, i64 first, i64 end,
                                            uint32_t (&out)[Words]) {
-  if (first + Words <= end) {
-    const auto raw = load_vector<typename WordVector<Words>::Type>(row + first);
-    if constexpr (Words == 1) {
-      out[0] = raw;
-    } else {
-      out[0] = raw.x;
-      out[1] = raw.y;
-    }
-    if constexpr (Words == 4) {
-      out[2] = raw.z;
-      out[3] = raw.w;
-    }
-    return;
+  typename WordVector<Words>::Type raw = {};
+  if (first < end) raw = load_vector<typename WordVector<Words>::Type>(row + first);
+  if constexpr (Words == 1) {
+    out[0] = raw;
+  } else {
+    out[0] = raw.x;
+    out[1] = raw.y;
   }
-#pragma unroll
-  for (int w = 0; w < Words; ++w) out[w] = first + w < end ? row[first + w] : 0;
+  if constexpr (Words == 4) {
+    out[2] = raw.z;
+    out[3] = raw.w;
+  }
 }
 
-// `Pairs` pairs of neighbouring halves from column `first` of a row of x; zero behind its end.
+// The same of x: `Pairs` pairs of neighbouring halves from column `first` on.
 template <int Pairs>
-__device__ __forceinline__ void load_x(const uint16_t* row, i64 first, i64 end, bool vectors,
+__device__ __forceinline__ void load_x(const uint16_t* row, i64 first, i64 end,
                                        uint32_t (&out)[Pairs]) {
-  if (vectors && first + 2 * Pairs <= end) {
-    if constexpr (Pairs == 2) {
-      const uint2 raw = load_vector<uint2>(row + first);
-      out[0] = raw.x;
-      out[1] = raw.y;
-    } else {
+  constexpr int words = Pairs < 4 ? Pairs : 4;
 #pragma unroll
-      for (int v = 0; v < Pairs / 4; ++v) {
-        const uint4 raw = load_vector<uint4>(row + first + 8 * v);
-        out[4 * v] = raw.x;
-        out[4 * v + 1] = raw.y;
-        out[4 * v + 2] = raw.z;
-        out[4 * v + 3] = raw.w;
-      }
-    }
-    return;
-  }
+  for (int v = 0; v < Pairs / words; ++v) {
+    uint32_t part[words];
+    const auto* from = reinterpret_cast<const uint32_t*>(row);
+    load_words<words>(from, first / 2 + v * words, end / 2, part);
 #pragma unroll
-  for (int p = 0; p < Pairs; ++p) {
-    const i64 i = first + 2 * p;
-    const uint32_t low = i < end ? row[i] : 0, high = i + 1 < end ? row[i + 1] : 0;
-    out[p] = low | high << 16;
+    for (int w = 0; w < words; ++w) out[v * words + w] = part[w];
   }
 }
 
@@ -150,7 +131,7 @@ __device__ __forceinline__ void multiply_tile(const CodesWork& work, const Tile<
       const bool real = n < work.epilogue.batch;
       uint32_t x[pairs];
       load_x<pairs>(work.x + (real ? n : 0) * work.columns, column + w * 2 * pairs,
-                    real ? work.columns : 0, work.vector_x, x);
+                    real ? work.columns : 0, x);
 #pragma unroll
       for (int m = 0; m < pairs / 2; ++m) {  // pairs 2m and 2m + 1
         const uint32_t low = x[m], high = x[m + pairs / 2];
@@ -181,16 +162,26 @@ __global__ void __launch_bounds__(kThreads) product_tiles(const CodesWork work) 
   }
   float total[Tiles][4] = {};
   const i64 tiles = (work.columns + S::kColumns - 1) / S::kColumns;
+  const auto fetch = [&](Tile<Words>& into, i64 tile) {
+    if (tile < tiles) into = load_tile<K, Bits, Words>(work, rows, tile);
+  };
+  const auto use = [&](const Tile<Words>& from, i64 tile) {
+    const i64 column = tile * S::kColumns + lane % 4 * Words * S::kPerWord;
+    multiply_tile<K, Bits, Words, Tiles>(work, from, column, first_n, total);
+  };
+  // While one tile is used, one or two of those that follow are under way.
   i64 tile = warp / S::kRowTiles;
-  if (tile < tiles) {
-    Tile<Words> here = load_tile<K, Bits, Words>(work, rows, tile);
-    for (; tile < tiles; tile += S::kSplits) {  // the next tile is under way while this one is used
-      const i64 later = tile + S::kSplits < tiles ? tile + S::kSplits : tile;
-      const Tile<Words> next = load_tile<K, Bits, Words>(work, rows, later);
-      const i64 column = tile * S::kColumns + lane % 4 * Words * S::kPerWord;
-      multiply_tile<K, Bits, Words, Tiles>(work, here, column, first_n, total);
-      here = next;
-    }
+  Tile<Words> even, odd;
+  fetch(even, tile);
+  fetch(odd, tile + S::kSplits);
+  while (tile < tiles) {
+    use(even, tile);
+    fetch(even, tile + 2 * S::kSplits);
+    tile += S::kSplits;
+    if (tile >= tiles) break;
+    use(odd, tile);
+    fetch(odd, tile + 2 * S::kSplits);
+    tile += S::kSplits;
   }
 #pragma unroll
   for (int t = 0; t < Tiles; ++t) {
@@ -243,9 +234,12 @@ void launch_words(const CodesWork& work, const Place& place) {
   }
 }
 
-// Takes the most words a lane that groups and addresses allow; false: no way to tile this.
+// Takes the most words a lane that groups and addresses allow. False: this cannot be tiled.
 template <int K, int Bits>
 bool launch_bits(const CodesWork& work, const Place& place) {
+  // Loads of x must not straddle a row's end, either.
+  constexpr int x_columns = Bits == 2 ? 16 : 8;
+  if (work.columns % x_columns != 0 || !aligned(work.x, 16)) return false;
   const auto fits = [&](int words) {
     const bool one_group =
         work.group_size >= work.columns || work.group_size % (4 * words * 32 / Bits) == 0;
@@ -286,7 +280,6 @@ void product_codes(const Product& product, const StoredCodes& codes, Place place
   work.group_size = codes.group_size;
   work.groups = ceil_div(product.columns, codes.group_size);
   work.scale_kind = codes.scale_kind;
-  work.vector_x = aligned(product.x, 16) && product.columns % 8 == 0;
   work.epilogue = epilogue_of(product);
   const bool done = product.kind == kFloat16 ? launch_kind<kFloat16>(work, codes.bits, place)
                                              : launch_kind<kBFloat16>(work, codes.bits, place);

@@ -2,10 +2,11 @@
 //
 // Blocks run one after another. The threads of a block take turns: each runs until it reaches a
 // barrier (__syncthreads, __syncwarp, a shuffle, a ballot, an mma) and goes on when all that
-// barrier waits for have come. Between two barriers threads run in index order, or in the reverse
-// (`order`): what one thread reads before another has written comes out differently in one of the
-// two, so a missing barrier shows. A lane that ends or goes elsewhere while its warp waits, and a
-// block that cannot go on, are errors. Timing, memory ordering and caches are not modelled.
+// barrier waits for have come. Warps, and the lanes of a warp, run in index order or in the reverse
+// (`reverse`), each as far as it can: where a barrier is missing, one thread reads before another
+// has written, or after it has written again, and in one of the two orders the result differs. A
+// lane that ends or goes elsewhere while its warp waits, and a block that cannot go on, are errors.
+// Timing, memory ordering and caches are not modelled.
 //
 // Only what the kernels use is here. Shared memory is static storage: one launch at a time.
 
@@ -196,23 +197,39 @@ inline void prepare(unsigned threads) {
   }
 }
 
+// Runs a thread on if it can go on.
+inline bool step(Fiber& fiber) {
+  if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation)) {
+    return false;
+  }
+  fiber.waits_for = nullptr;
+  enter(fiber);
+  if (!machine().failure.empty()) throw std::runtime_error("emulator: " + machine().failure);
+  return true;
+}
+
+// Each warp runs as far as it can before the next one has its turn: what should wait for the others
+// but does not runs ahead of them.
 inline void run_block(unsigned threads) {
   Machine& m = machine();
   prepare(threads);
-  for (unsigned left = threads; left;) {
-    bool moved = false;
-    for (unsigned k = 0; k < threads; ++k) {
-      Fiber& fiber = *m.fibers[m.reverse ? threads - 1 - k : k];
-      if (fiber.done) continue;
-      if (fiber.waits_for && fiber.waits_for->generation == fiber.generation) continue;
-      fiber.waits_for = nullptr;
-      moved = true;
-      enter(fiber);
-      if (!m.failure.empty()) throw std::runtime_error("emulator: " + m.failure);
-      left -= fiber.done;
+  const unsigned warps = (unsigned)m.warps.size();
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (unsigned w = 0; w < warps; ++w) {
+      const unsigned first = (m.reverse ? warps - 1 - w : w) * kWarp;
+      const unsigned count = threads - first < kWarp ? threads - first : kWarp;
+      for (bool warp_moved = true; warp_moved;) {
+        warp_moved = false;
+        for (unsigned k = 0; k < count; ++k) {
+          warp_moved |= step(*m.fibers[first + (m.reverse ? count - 1 - k : k)]);
+        }
+        moved |= warp_moved;
+      }
     }
-    if (!moved) throw std::runtime_error("emulator: the block cannot go on (a missed barrier)");
   }
+  if (m.block.alive)
+    throw std::runtime_error("emulator: the block cannot go on (a missed barrier)");
 }
 
 inline void launch(dim3 grid, dim3 block, size_t dynamic_bytes, std::function<void()> kernel) {
