@@ -228,7 +228,8 @@ def quantizer_rows(timer: Timer, rate: float) -> list[dict[str, Any]]:
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title)
     for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("kernel", "shape") else "right")
+        justify: Any = "left" if name in ("kernel", "shape") else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)
