@@ -11,7 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from cuda_device import TORCH_DTYPES, Device, device_fixture, to_bytes  # noqa: F401
+from cuda_device import (  # noqa: F401
+    TORCH_DTYPES,
+    Device,
+    device_fixture,
+    need_device,
+    to_bytes,
+)
 
 from compress.kernels import cuda, cuda_products, reference
 
@@ -247,3 +253,98 @@ def test_products_of_nothing(device: Device, shape: tuple[int, int, int]) -> Non
     assert (sparse == 1).all()  # the bias alone
     if columns == 0:
         assert (y == 1).all()
+
+
+# ---------------------------------------------------------------- a device only
+
+
+def assert_close(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    """As `Extras.check`, worked out on the device."""
+    x64, w64 = x.double(), w.double()
+    want, size = x64 @ w64.T, x64.abs() @ w64.abs().T
+    rounding = ROUNDING[str(y.dtype).removeprefix("torch.")]
+    bound = SUM_ERROR * size + rounding * want.abs() + 2.0**-24
+    assert bool(((y.double() - want).abs() <= bound).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_real_sizes(dtype: torch.dtype) -> None:
+    need_device()
+    rows, columns, group_size = 4096, 14_336, 128
+    scale = torch.rand(rows, columns // group_size, device="cuda") * 0.02
+    for bits in (2, 4, 8):
+        codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, device="cuda")
+        packed = torch.empty(rows, columns * bits // 8, dtype=torch.uint8, device="cuda")
+        cuda.pack_bits(codes, bits, packed)
+        w = torch.empty(rows, columns, device="cuda")
+        cuda.dequantize(codes, scale, None, bits, group_size, w)
+        for batch in (1, 3, 8, 16, 31, 64, 100):
+            x = torch.randn(batch, columns, device="cuda").to(dtype)
+            for out in (dtype, torch.float32):
+                y = cuda_products.product_codes(
+                    x,
+                    packed.view(torch.int32),
+                    scale,
+                    bits=bits,
+                    group_size=group_size,
+                    out_dtype=out,
+                )
+                assert_close(y, x, w)
+    for density in (0.5, 0.1):
+        mask = torch.rand(rows, columns, device="cuda") < density
+        values = torch.randn(rows, columns, device="cuda").to(dtype)
+        bits_out = torch.empty(rows, columns // 8, dtype=torch.uint8, device="cuda")
+        kept = torch.empty(int(mask.sum()), dtype=dtype, device="cuda")
+        cuda.bitmask_compress(values, mask, bits_out, kept)
+        offsets = cuda.row_offsets(bits_out, columns)
+        for batch in (1, 2, 4, 8, 20):
+            x = torch.randn(batch, columns, device="cuda").to(dtype)
+            y = cuda_products.product_bitmask(x, bits_out, kept, offsets)
+            assert_close(y, x, torch.where(mask, values, 0))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_to_the_31_words() -> None:
+    need_device()
+    rows, columns = 140_000, 131_072
+    words = columns * 4 // 32
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of device memory")
+    packed = torch.full((rows, words), -0x77777778, dtype=torch.int32, device="cuda")  # all 8: zero
+    packed[-1, -1] = 0x7FFFFFFF  # its last code 7, the others 15
+    scale = torch.ones(rows, columns // 128, dtype=torch.float16, device="cuda")
+    x = torch.zeros(1, columns, dtype=torch.float16, device="cuda")
+    x[0, -8:] = torch.arange(1, 9)
+    y = cuda_products.product_codes(x, packed, scale, bits=4, group_size=128)
+    assert y[0, -1].item() == 7 * sum(range(1, 8)) - 8
+    assert not bool(y[0, :-1].any())
+
+
+@pytest.mark.gpu
+def test_another_stream_and_a_graph() -> None:
+    """Work goes to the caller's stream, and products can be captured."""
+    need_device()
+    x = torch.randn(2, 256, device="cuda", dtype=torch.float16)
+    packed = torch.randint(0, 1 << 30, (64, 32), dtype=torch.int32, device="cuda")
+    scale = torch.rand(64, 2, device="cuda")
+    want = cuda_products.product_codes(x, packed, scale, bits=4, group_size=128)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # what runs on the default stream would be early
+        late = x * 1
+        y = cuda_products.product_codes(late, packed, scale, bits=4, group_size=128)
+    side.synchronize()
+    assert torch.equal(y, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda_products.product_codes(x, packed, scale, bits=4, group_size=128)
+    x.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(
+        captured, cuda_products.product_codes(x, packed, scale, bits=4, group_size=128)
+    )
