@@ -100,7 +100,8 @@ struct Group {
     }
   }
 
-  // The smallest and the largest of `low` and `high` over the group's threads.
+  // The smallest and the largest of `low` and `high` over the group's threads. Once a kernel: no
+  // barrier keeps a second call from writing over what is still read.
   __device__ void extremes(float& low, float& high) const {
 #pragma unroll
     for (int distance = kLanes / 2; distance; distance /= 2) {
@@ -118,7 +119,6 @@ struct Group {
         low = fminf(low, lows[t]);
         high = fmaxf(high, highs[t]);
       }
-      __syncthreads();
     }
   }
 };
