@@ -1,0 +1,96 @@
+"""Modules whose weights stay packed: `CompressedLinear`, `CompressedEmbedding`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compress.kernels import products
+from compress.runtime import ops
+
+
+class _Packed(nn.Module):
+    """What both have in common: the buffer, and a `weight` that has a shape but no values."""
+
+    packed: Tensor
+
+    def __init__(self, packed: Tensor) -> None:
+        super().__init__()
+        if packed.device.type != "cpu" or packed.dtype != torch.uint8:
+            raise TypeError(f"packed must be uint8 on the CPU, not {packed.dtype} {packed.device}")
+        self._shape = products.linear_shape(packed.numpy())
+        self.register_buffer("packed", packed)
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty stand-in on the meta device, for code that asks for shape or dtype only."""
+        return torch.empty(self._shape, device="meta")
+
+
+class CompressedLinear(_Packed):
+    """y = x W^T + bias, where every term of W lies in one packed buffer.
+
+    packed     uint8 [bytes], of `compress.kernels.packing.pack_linear`, bias included
+    precision  "exact" (activations as 16-bit integers) or "fast" (8-bit); see
+               compress/kernels/products.py
+
+    `forward` takes float32, float16 or bfloat16 [..., in_features] and returns the same dtype. For
+    inference only: x that requires a gradient is refused. Raises ValueError for a wrong precision
+    or a buffer that is no packed matrix.
+    """
+
+    def __init__(self, packed: Tensor, precision: str = "exact") -> None:
+        super().__init__(packed)
+        products.check_options(precision, 1)
+        self.out_features, self.in_features = self._shape
+        self.precision = precision
+        self._expected = (self.in_features,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in x's dtype."""
+        if x.shape[-1:] != self._expected or not x.is_cpu or x.requires_grad:
+            self._refuse(x)
+        result: Tensor = ops.linear(x, self.packed, self.out_features, self.precision)
+        return result
+
+    def _refuse(self, x: Tensor) -> None:
+        if not x.is_cpu:
+            raise ValueError(f"x is on the device {x.device}: packed weights run on the CPU")
+        if x.shape[-1:] != self._expected:
+            raise ValueError(f"x must be [..., {self.in_features}], not {list(x.shape)}")
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "x requires a gradient, which packed weights do not give: use torch.no_grad()"
+            )
+
+    def extra_repr(self) -> str:
+        """What printing the module shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" precision={self.precision!r}, bytes={self.packed.numel()}"
+        )
+
+
+class CompressedEmbedding(_Packed):
+    """Rows of a packed table, decoded when they are asked for, in the dtype of `like`."""
+
+    like: Tensor
+
+    def __init__(self, packed: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(packed)
+        self.num_embeddings, self.embedding_dim = self._shape
+        # An empty buffer follows `model.to(dtype)` as other weights do.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Integers [...] -> [..., embedding_dim]. Raises IndexError for a row that is not there."""
+        if not indices.is_cpu:
+            raise ValueError(
+                f"indices are on the device {indices.device}: packed weights run on the CPU"
+            )
+        result: Tensor = ops.embedding(indices, self.packed, self.embedding_dim, self.like.dtype)
+        return result
+
+    def extra_repr(self) -> str:
+        """What printing the module shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, bytes={self.packed.numel()}"

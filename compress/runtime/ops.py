@@ -1,0 +1,122 @@
+"""torch custom ops on packed matrices: `torch.ops.compress.linear`, `dense_linear`, `embedding`.
+
+They are registered through `torch.library.Library`, whose calls cost half of what the decorator
+`torch.library.custom_op` costs, and have fake implementations, so that torch.compile and
+torch.export take them as one opaque node. They run on the CPU and know no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.kernels import dispatch, products
+from compress.kernels.rows import decode_rows
+
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Packed bytes times rows of the batch that one thread multiplies in some 20 microseconds.
+_WORTH_THREADS = 1 << 18
+_OTHER_DEVICES = ("CUDA", "MPS", "XPU")
+
+# The ops live as long as it does. (torch's own stubs leave Library untyped.)
+library: Any = torch.library.Library("compress", "DEF")  # type: ignore[no-untyped-call]
+
+
+def numpy_view(values: Tensor) -> Any:
+    """A contiguous CPU tensor as the numpy array that shares its memory; bfloat16 too."""
+    if values.dtype != torch.bfloat16:
+        return values.numpy()
+    import ml_dtypes
+
+    return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+
+
+def _linear(x: Tensor, packed: Tensor, out_features: int, precision: str) -> Tensor:
+    """x [..., in_features] times a packed matrix: [..., out_features] in x's dtype."""
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    native = dispatch.current().native
+    kind = KINDS.get(x.dtype)
+    if native is None or kind is None or precision not in products.PRECISIONS:
+        _checked_linear(x, packed, y, precision)
+        return y
+    if y.numel():
+        # The module checks every size against the buffer's own words.
+        native.linear(
+            packed.numpy(),
+            x.view(torch.uint8).numpy().reshape(-1),
+            kind,
+            x.numel() // x.shape[-1],
+            y.view(torch.uint8).numpy().reshape(-1),
+            kind,
+            precision == "exact",
+            _threads(packed.numel() * y.numel() // out_features),
+        )
+    return y
+
+
+def _threads(work: int) -> int:
+    """torch's number of threads, or one where waking the others would take longer."""
+    return torch.get_num_threads() if work >= _WORTH_THREADS else 1
+
+
+def _checked_linear(x: Tensor, packed: Tensor, y: Tensor, precision: str) -> None:
+    """The same through the wrapper that names what is wrong, or the numpy reference."""
+    if x.dtype not in KINDS:
+        raise TypeError(f"x must be float32, float16 or bfloat16, not {x.dtype}")
+    products.linear(
+        numpy_view(x.reshape(-1, x.shape[-1])),
+        packed.numpy(),
+        numpy_view(y.view(-1, y.shape[-1])),
+        precision=precision,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _embedding(indices: Tensor, packed: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a packed table: [..., embedding_dim] in `dtype`."""
+    flat = indices.reshape(-1).to(torch.int64).numpy()
+    rows = torch.from_numpy(decode_rows(packed.numpy(), flat))
+    return rows.to(dtype).view(*indices.shape, embedding_dim)
+
+
+def _refuse(*arguments: Any) -> Tensor:
+    where = next(a.device for a in arguments if isinstance(a, Tensor) and not a.is_cpu)
+    raise ValueError(f"an argument is on the device {where}: these products run on the CPU")
+
+
+def _fake_linear(x: Tensor, packed: Tensor, out_features: int, precision: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_embedding(
+    indices: Tensor, packed: Tensor, embedding_dim: int, dtype: torch.dtype
+) -> Tensor:
+    return indices.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+def _define(name: str, schema: str, run: Any, fake: Any) -> Any:
+    tags: Sequence[torch.Tag] = (torch.Tag.pt2_compliant_tag,)
+    library.define(name + schema, tags=tags)
+    library.impl(name, run, "CPU")
+    for device in _OTHER_DEVICES:
+        library.impl(name, _refuse, device)
+    torch.library.register_fake(f"compress::{name}", fake, lib=library)
+    return getattr(torch.ops.compress, name).default
+
+
+linear = _define(
+    "linear",
+    "(Tensor x, Tensor packed, int out_features, str precision) -> Tensor",
+    _linear,
+    _fake_linear,
+)
+embedding = _define(
+    "embedding",
+    "(Tensor indices, Tensor packed, int embedding_dim, ScalarType dtype) -> Tensor",
+    _embedding,
+    _fake_embedding,
+)
