@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +15,11 @@ import typer
 
 from compress import __version__
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
+from compress.terminal import console, emit, progress_bar
 
 if TYPE_CHECKING:
     from compress.plan import Options, Plan
     from compress.recipe import Recipe
-    from compress.run import Progress
 
 app = typer.Typer(
     name="compress",
@@ -58,6 +57,13 @@ Untouched = Annotated[
     str | None,
     typer.Option(help="Dtype of floats that no pass touched: keep, bf16, fp16.", metavar="DTYPE"),
 ]
+Ran = Annotated[
+    Path, typer.Argument(help="An output of this tool, or a plain checkpoint.", metavar="OUT")
+]
+Precision = Annotated[
+    str, typer.Option(help="exact, or fast: activations of 8 bits.", metavar="NAME")
+]
+Threads = Annotated[int, typer.Option(help="Threads; 0 = as torch decides.", min=0, max=1024)]
 Jobs = Annotated[int, typer.Option(help="Threads; 0 = one a processor.", min=0, max=1024)]
 Memory = Annotated[str, typer.Option(help="Budget for tensors in flight, e.g. 2GB.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of random numbers.", min=0)]
@@ -154,10 +160,10 @@ def plan(
     with open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint:
         made = make_plan(checkpoint, job, options)
         if survey:
-            with _progress() as progress:
+            with progress_bar() as progress:
                 made = surveys.decide_all(made, progress)
         body = plan_body(made)
-    _emit(body, json, lambda: print_plan(body, _console()))
+    emit(body, json, lambda: print_plan(body, console()))
 
 
 @app.command()
@@ -176,7 +182,7 @@ def inspect(
     from compress.inspection import inspect_model, print_inspection
 
     body = inspect_model(model, values=values, spectra=spectra, allow_pickle=allow_pickle)
-    _emit(body, json, lambda: print_inspection(body, _console()))
+    emit(body, json, lambda: print_inspection(body, console()))
 
 
 @app.command()
@@ -193,7 +199,7 @@ def verify(
     from compress.verification import verify_output
 
     body = verify_output(out, source=source, allow_pickle=allow_pickle)
-    _emit(body, json, lambda: typer.echo(body["summary"]))
+    emit(body, json, lambda: typer.echo(body["summary"]))
 
 
 @app.command()
@@ -207,9 +213,9 @@ def unpack(
     """Write the compressed checkpoint back as a plain one of the source's dtype."""
     from compress.unpacking import unpack_output
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         body = unpack_output(out, dense, overwrite=overwrite, fsync=not no_fsync, progress=progress)
-    _emit(body, json, lambda: typer.echo(body["summary"]))
+    emit(body, json, lambda: typer.echo(body["summary"]))
 
 
 @app.command()
@@ -225,7 +231,42 @@ def diff(
     from compress.comparison import diff_models, print_diff
 
     body = diff_models(a, b, allow_pickle=allow_pickle)
-    _emit(body, json, lambda: print_diff(body, _console()))
+    emit(body, json, lambda: print_diff(body, console()))
+
+
+@app.command()
+def generate(
+    out: Ran,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.", min=1)] = 64,
+    precision: Precision = "exact",
+    threads: Threads = 0,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest token each time; else drawn.", min=0, max=100)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of drawn tokens.", min=0)] = 0,
+    json: Json = False,
+) -> None:
+    """Continue a text with a compressed model, from its packed weights."""
+    from compress.runtime.generate import generate_text, summary
+
+    def write(text: str) -> None:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
+
+    body = generate_text(
+        out,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        precision=precision,
+        threads=threads or None,
+        temperature=temperature,
+        seed=seed,
+        write=None if json else write,
+    )
+    emit(body, json, typer.echo)
+    if not json:
+        typer.echo(summary(body), err=True)
 
 
 @app.command()
@@ -235,7 +276,7 @@ def kernels(json: Json = False) -> None:
 
     found = module.backend()
     body = {"backend": found.name, "isa": found.isa, "reason": found.reason}
-    _emit(body, json, lambda: typer.echo(f"{found.name} ({found.isa}): {found.reason}"))
+    emit(body, json, lambda: typer.echo(f"{found.name} ({found.isa}): {found.reason}"))
 
 
 @app.callback(invoke_without_command=True)
@@ -359,73 +400,9 @@ def _run(
             if json:
                 typer.echo(f"warning: {warning}", err=True)
         settings = RunOptions(overwrite, resume, fsync, report, content_hash, job.gates)
-        with _progress() as progress:
+        with progress_bar() as progress:
             result = run_plan(made, out, settings, progress)
-    _emit(result.body, json, lambda: print_report(result, _console()), raw=result.to_json)
-
-
-def _emit(
-    body: Any, json: bool, show_it: Callable[[], None], raw: Callable[[], bytes] | None = None
-) -> None:
-    """JSON or words, on standard output; a reader that has gone away is no error."""
-    import json as codec
-
-    from compress.report import without_nan
-
-    try:
-        if not json:
-            show_it()
-        elif raw is not None:
-            typer.echo(raw().decode(), nl=False)
-        else:
-            typer.echo(codec.dumps(without_nan(body), indent=1))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    class Quiet(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # rich would exit 1; `| head` is no failure
-
-    # Off a terminal rich would fold at 80 columns; a pipe or a log gets whole lines.
-    wide = None if sys.stdout.isatty() else 160
-    return Quiet(highlight=False, markup=False, emoji=False, width=wide)
-
-
-class _progress:
-    """A bar on standard error, and only where that is a terminal."""
-
-    def __enter__(self) -> Progress:
-        from compress.run import silent
-
-        self._bar: Any = None
-        if not sys.stderr.isatty():
-            return silent
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._bar.start()
-        task = self._bar.add_task("reading", total=None)
-
-        def update(what: str, done: int, total: int) -> None:
-            self._bar.update(task, description=what, completed=done, total=max(1, total))
-
-        return update
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    emit(result.body, json, lambda: print_report(result, console()), raw=result.to_json)
 
 
 def _register_one_pass_commands(arguments: list[str]) -> None:

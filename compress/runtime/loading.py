@@ -14,7 +14,7 @@ from compress.errors import InputError, UsageError, show
 from compress.kernels import products
 from compress.output import CompressedCheckpoint, open_any
 from compress.runtime.architecture import build, require_transformers
-from compress.runtime.modules import CompressedEmbedding, CompressedLinear
+from compress.runtime.modules import CompressedEmbedding, CompressedLinear, use_dense_kernels
 from compress.runtime.packed import is_packable, is_table, pack_tensor
 from compress.runtime.slots import Slot, find_slots, persistent_buffers
 from compress.tensor import Array, TensorInfo
@@ -46,8 +46,9 @@ def load(
                None is the checkpoint's own
     threads    passed to `torch.set_num_threads`, which the products obey; None leaves it
 
-    Linear layers with codes become `CompressedLinear`, tables with codes `CompressedEmbedding`;
-    all else is decoded (docs/runtime.md). Weights are read one tensor at a time. Raises UsageError
+    Linear layers with codes or a bitmask become `CompressedLinear`, tables with codes
+    `CompressedEmbedding`, other Linear layers of 16 bits `DenseLinear`; all else is decoded
+    (docs/runtime.md). Weights are read one tensor at a time. Raises UsageError
     where transformers is missing or an argument is wrong, InputError where the checkpoint does not
     fit the model that its config.json names.
     """
@@ -63,8 +64,8 @@ def load(
     require_transformers()
     with open_any(path) as checkpoint:
         model = build(checkpoint.config, wanted or _own_dtype(checkpoint), str(path))
-        loader = _Loader(checkpoint, model, precision)
-        loader.run()
+        _Loader(checkpoint, model, precision).run()
+        use_dense_kernels(model)
         _add_generation_config(checkpoint, model)
     if threads is not None:
         torch.set_num_threads(threads)

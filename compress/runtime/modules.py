@@ -1,4 +1,8 @@
-"""Modules whose weights stay packed: `CompressedLinear`, `CompressedEmbedding`."""
+"""Modules that run on the kernels: weights stay packed, or plain 16-bit weights lie where they are.
+
+`CompressedLinear` and `CompressedEmbedding` hold a packed buffer, `DenseLinear` another module's
+weight. They are for inference only.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from torch import Tensor, nn
 
 from compress.kernels import products
 from compress.runtime import ops
+
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class _Packed(nn.Module):
@@ -94,3 +100,35 @@ class CompressedEmbedding(_Packed):
     def extra_repr(self) -> str:
         """What printing the module shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, bytes={self.packed.numel()}"
+
+
+class DenseLinear(nn.Module):
+    """y = x W^T + bias with a plain weight of 16 bits, which it shares with the module it replaces.
+
+    torch multiplies such weights slowly where the processor has no instructions for them; a
+    language-model head read once a token is most of what a small model does.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features] in x's dtype."""
+        if not x.is_cpu or x.requires_grad:
+            return nn.functional.linear(x, self.weight, self.bias)
+        result: Tensor = ops.dense_linear(x, self.weight)
+        return result if self.bias is None else result + self.bias
+
+    def extra_repr(self) -> str:
+        """What printing the module shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def use_dense_kernels(model: nn.Module) -> None:
+    """Put a `DenseLinear` in the place of every Linear with a weight of 16 bits."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and child.weight.dtype in _SIXTEEN_BITS:
+                setattr(module, name, DenseLinear(child).eval())

@@ -19,6 +19,7 @@ from compress.kernels.rows import decode_rows
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Packed bytes times rows of the batch that one thread multiplies in some 20 microseconds.
 _WORTH_THREADS = 1 << 18
+_DENSE_BATCH = 8  # a larger batch is torch's: its products are blocked for reuse
 _OTHER_DEVICES = ("CUDA", "MPS", "XPU")
 
 # The ops live as long as it does. (torch's own stubs leave Library untyped.)
@@ -76,6 +77,22 @@ def _checked_linear(x: Tensor, packed: Tensor, y: Tensor, precision: str) -> Non
     )
 
 
+def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in_features] times a plain weight [out_features, in_features] of 16 bits."""
+    x, weight = x.contiguous(), weight.contiguous()
+    batch = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if not batch or batch > _DENSE_BATCH or x.dtype not in KINDS or weight.dtype not in KINDS:
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    products.dense_linear(
+        numpy_view(x.view(batch, x.shape[-1])),
+        numpy_view(weight),
+        numpy_view(y.view(batch, weight.shape[0])),
+        threads=_threads(weight.nbytes * batch),
+    )
+    return y
+
+
 def _embedding(indices: Tensor, packed: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:
     """Rows of a packed table: [..., embedding_dim] in `dtype`."""
     flat = indices.reshape(-1).to(torch.int64).numpy()
@@ -90,6 +107,10 @@ def _refuse(*arguments: Any) -> Tensor:
 
 def _fake_linear(x: Tensor, packed: Tensor, out_features: int, precision: str) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _fake_dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _fake_embedding(
@@ -119,4 +140,7 @@ embedding = _define(
     "(Tensor indices, Tensor packed, int embedding_dim, ScalarType dtype) -> Tensor",
     _embedding,
     _fake_embedding,
+)
+dense_linear = _define(
+    "dense_linear", "(Tensor x, Tensor weight) -> Tensor", _dense_linear, _fake_dense_linear
 )

@@ -5,18 +5,26 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.kernels.packing import codes_segment, pack_linear
+from compress.kernels.packing import Segment, codes_segment, pack_linear
+from compress.kernels.segments import bitmask_segment, dense_segment
 from compress.tensor import Array, Codes, Factors, Tensor
 
 U8 = NDArray[np.uint8]
 Triple = tuple[Array, Array, Array]
 
 MATRIX = 2  # dimensions
+_DTYPES = frozenset({"F32", "F16", "BF16"})
 
 
 def is_packable(tensor: Tensor) -> bool:
-    """Whether the products take the tensor as it is: one matrix of codes, with any other terms."""
-    if tensor.codes is None or min(tensor.info.matrix_shape) == 0:
+    """Whether the products take the tensor as it is stored.
+
+    One matrix of codes or of values under a bitmask, with any other terms. Codes under a bitmask
+    are packed with their zeros: products with them would be slower, not faster.
+    """
+    if min(tensor.info.matrix_shape) == 0 or tensor.info.dtype not in _DTYPES:
+        return False
+    if tensor.codes is None and tensor.mask is None:
         return False
     return tensor.factors is None or tensor.factors.b.ndim == MATRIX
 
@@ -24,35 +32,49 @@ def is_packable(tensor: Tensor) -> bool:
 def is_table(tensor: Tensor) -> bool:
     """Whether single rows can be read from the packed tensor."""
     plain = tensor.factors is None or tensor.factors.rank == 0
-    return plain and (tensor.outliers is None or not tensor.outliers.rows.size)
+    return tensor.codes is not None and plain and (tensor.outliers is None or not tensor.outliers.rows.size)
 
 
 def pack_tensor(tensor: Tensor, bias: Array | None = None) -> U8:
-    """uint8 [bytes]: the packed matrix of a tensor with codes, and a Linear's bias.
+    """uint8 [bytes]: the packed matrix of a tensor, and a Linear's bias [rows].
 
     A super weight becomes what its value differs from the decoded rest, so that the product
     restores it. Raises ValueError where `is_packable` is False.
     """
-    if tensor.codes is None or not is_packable(tensor):
-        raise ValueError(f"{tensor.info.name}: it has no codes to multiply with")
+    if not is_packable(tensor):
+        raise ValueError(f"{tensor.info.name}: it has neither codes nor a bitmask")
     rows, columns = tensor.info.matrix_shape
     return pack_linear(
         rows,
         columns,
-        [codes_segment(tensor.codes)],
+        [_segment(tensor)],
         factors=tensor.factors,
-        outliers=_differences(tensor, tensor.codes),
+        outliers=_differences(tensor),
         bias=bias,
     )
 
 
-def _differences(tensor: Tensor, codes: Codes) -> Triple | None:
+def _segment(tensor: Tensor) -> Segment:
+    if tensor.codes is not None:
+        return codes_segment(tensor.codes)
+    if tensor.mask is None:
+        return dense_segment(tensor.source)
+    bits = np.packbits(tensor.mask, axis=1, bitorder="little")
+    return bitmask_segment(bits, tensor.source[tensor.mask], tensor.mask.shape[1])
+
+
+def _differences(tensor: Tensor) -> Triple | None:
     """(rows, columns, value - decoded value without the super weights), or None."""
     outliers = tensor.outliers
     if outliers is None or not outliers.rows.size:
         return None
     at = outliers.rows, outliers.columns
-    rest = _decoded_codes(codes, *at)
+    if tensor.codes is not None:
+        rest = _decoded_codes(tensor.codes, *at)
+    else:
+        rest = tensor.source[at].astype(np.float32)
+        if tensor.mask is not None:
+            rest *= tensor.mask[at]
     if tensor.factors is not None:
         _add_factors(tensor.factors, rest, *at)
     return *at, outliers.values.astype(np.float32) - rest
