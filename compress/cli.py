@@ -270,6 +270,23 @@ def generate(
 
 
 @app.command()
+def bench(
+    out: Ran,
+    reference: Annotated[
+        Path | None, typer.Option(help="A plain checkpoint to run beside it.", metavar="MODEL")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=5)] = 64,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Measure a compressed model here: tokens a second, memory, each layer."""
+    from compress.runtime.bench import bench_model, print_bench
+
+    body = bench_model(out, reference=reference, tokens=tokens, threads=threads or None)
+    emit(body, json, lambda: print_bench(body, console()))
+
+
+@app.command()
 def kernels(json: Json = False) -> None:
     """Say which kernels run here, with which instruction set, and why."""
     from compress import kernels as module

@@ -30,6 +30,8 @@ def test_help_lists_every_command_and_is_quick() -> None:
         "verify",
         "unpack",
         "diff",
+        "generate",
+        "bench",
         "kernels",
         "prune",
         "super-weights",

@@ -31,8 +31,10 @@ def is_packable(tensor: Tensor) -> bool:
 
 def is_table(tensor: Tensor) -> bool:
     """Whether single rows can be read from the packed tensor."""
-    plain = tensor.factors is None or tensor.factors.rank == 0
-    return tensor.codes is not None and plain and (tensor.outliers is None or not tensor.outliers.rows.size)
+    if tensor.factors is not None and tensor.factors.rank:
+        return False
+    exact = tensor.outliers is not None and tensor.outliers.rows.size > 0
+    return tensor.codes is not None and not exact
 
 
 def pack_tensor(tensor: Tensor, bias: Array | None = None) -> U8:
