@@ -277,12 +277,17 @@ def bench(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to decode.", min=5)] = 64,
     threads: Threads = 0,
+    layers: Annotated[
+        bool, typer.Option("--layers/--no-layers", help="Time single products, too.")
+    ] = True,
     json: Json = False,
 ) -> None:
     """Measure a compressed model here: tokens a second, memory, each layer."""
     from compress.runtime.bench import bench_model, print_bench
 
-    body = bench_model(out, reference=reference, tokens=tokens, threads=threads or None)
+    body = bench_model(
+        out, reference=reference, tokens=tokens, threads=threads or None, layers=layers
+    )
     emit(body, json, lambda: print_bench(body, console()))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compress.errors import InputError, UsageError, show
+from compress.errors import InputError, UsageError
 from compress.kernels import dispatch
 from compress.run import peak_memory
 from compress.runtime.architecture import require_transformers
@@ -21,7 +21,7 @@ from compress.runtime.memory import packed_bytes, resident_bytes
 from compress.runtime.modules import CompressedLinear
 
 ROUNDS = 5
-PREFILL = 128  # tokens
+PREFILL, PREFILL_ROUNDS = 64, 3  # tokens; a prompt takes long, so fewer rounds
 WARM_UP = 4  # tokens
 
 
@@ -55,15 +55,14 @@ def bench_model(
 ) -> dict[str, Any]:
     """Measure `path`, candidates in turn in one process; medians.
 
-    reference  a plain checkpoint that transformers runs beside it, in bfloat16 by torch
+    reference  a plain checkpoint that runs beside it, in bfloat16 by torch alone
     tokens     how many are decoded by each candidate, one at a time (batch 1)
 
     Raises UsageError for an argument, InputError for a checkpoint that cannot be run.
     """
     if tokens < ROUNDS:
         raise UsageError(f"tokens must be {ROUNDS} or more, not {tokens}")
-    transformers = require_transformers()
-    quiet(transformers)
+    quiet(require_transformers())
     started = time.perf_counter()
     model = load(path, threads=threads)
     load_seconds = time.perf_counter() - started
@@ -76,7 +75,8 @@ def bench_model(
     if not any(isinstance(m, CompressedLinear) for m in model.modules()):
         candidates = [Candidate("dense", model)]
     if reference is not None:
-        candidates.append(Candidate("reference, torch bf16", _reference(transformers, reference)))
+        plain = load(reference, dtype="bfloat16", dense_kernels=False)
+        candidates.append(Candidate("reference, torch bf16", plain))
     prompt = _prompt(model)
     with torch.inference_mode():
         _measure(candidates, prompt, tokens)
@@ -94,19 +94,6 @@ def bench_model(
         "layers": found,
         "notes": [BREAK_EVEN_NOTE] if found else [],
     }
-
-
-def _reference(transformers: Any, path: Path) -> Any:
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"{show(str(path))}: transformers does not load it as a decoder:"
-            f" {show(str(error), 120)}"
-        ) from error
-    return loaded.eval().requires_grad_(False)
 
 
 def _prompt(model: Any) -> torch.Tensor:
@@ -127,16 +114,17 @@ def _measure(candidates: list[Candidate], prompt: torch.Tensor, tokens: int) -> 
     for round_ in range(ROUNDS):
         for candidate in candidates:
             _use(candidate)
-            started = time.perf_counter()
-            result = candidate.model(prompt)
-            candidate.prefills.append(time.perf_counter() - started)
-            decodes = candidate.model.can_generate()
-            if not round_ and decodes:  # the first one fills the cache and warms up
+            if round_ < PREFILL_ROUNDS:
+                started = time.perf_counter()
+                result = candidate.model(prompt)
+                candidate.prefills.append(time.perf_counter() - started)
+            if not candidate.model.can_generate():
+                continue
+            if not round_:  # the first prompt fills the cache
                 candidate.cache, candidate.token = result.past_key_values, prompt[:, -1:]
                 _decode(candidate, WARM_UP)
                 candidate.steps.clear()
-            if decodes:
-                _decode(candidate, tokens // ROUNDS)
+            _decode(candidate, tokens // ROUNDS)
 
 
 def _use(candidate: Candidate) -> None:

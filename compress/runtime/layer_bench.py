@@ -26,6 +26,7 @@ ROTATED = 150_000_000  # bytes
 MOST_COPIES = 1024
 LARGEST = 1 << 26  # weights of a matrix that is also measured dense and sparse
 ROUNDS = 5
+CALLS = 24  # a round
 SPARSITIES = (30, 50, 70, 80, 90)  # percent
 BREAK_EVEN_NOTE = (
     "Zeros make products with 16-bit weights faster from the break-even on. Zeros under 4-bit"
@@ -124,7 +125,7 @@ def _medians(runners: dict[str, _Runner]) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for turn in range(ROUNDS + 1):
         for name, runner in runners.items():
-            found = runner.run(min(len(runner.copies), 64))
+            found = runner.run(min(len(runner.copies), CALLS))
             if turn:
                 seconds[name].append(found)
     return {name: statistics.median(values) for name, values in seconds.items()}

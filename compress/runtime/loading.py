@@ -37,6 +37,7 @@ def load(
     precision: str = "exact",
     dtype: torch.dtype | str | None = None,
     threads: int | None = None,
+    dense_kernels: bool = True,
 ) -> Any:
     """The transformers model in `path`, ready for inference on the CPU.
 
@@ -45,6 +46,8 @@ def load(
     dtype      of activations and of weights that are not packed: a torch dtype or its name;
                None is the checkpoint's own
     threads    passed to `torch.set_num_threads`, which the products obey; None leaves it
+    dense_kernels   whether plain Linear weights of 16 bits are multiplied by our kernel at small
+               batches; False leaves them to torch
 
     Linear layers with codes or a bitmask become `CompressedLinear`, tables with codes
     `CompressedEmbedding`, other Linear layers of 16 bits `DenseLinear`; all else is decoded
@@ -65,7 +68,8 @@ def load(
     with open_any(path) as checkpoint:
         model = build(checkpoint.config, wanted or _own_dtype(checkpoint), str(path))
         _Loader(checkpoint, model, precision).run()
-        use_dense_kernels(model)
+        if dense_kernels:
+            use_dense_kernels(model)
         _add_generation_config(checkpoint, model)
     if threads is not None:
         torch.set_num_threads(threads)

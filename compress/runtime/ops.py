@@ -19,7 +19,9 @@ from compress.kernels.rows import decode_rows
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Packed bytes times rows of the batch that one thread multiplies in some 20 microseconds.
 _WORTH_THREADS = 1 << 18
-_DENSE_BATCH = 8  # a larger batch is torch's: its products are blocked for reuse
+# torch's own products of 16-bit weights win at larger batches where it has instructions for them;
+# with AVX2 alone ours were 1.3 times as fast at batch 1 and 6 times at batch 128.
+_DENSE_BATCH = 1 << 62 if torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT") else 8
 _OTHER_DEVICES = ("CUDA", "MPS", "XPU")
 
 # The ops live as long as it does. (torch's own stubs leave Library untyped.)
@@ -35,6 +37,11 @@ def numpy_view(values: Tensor) -> Any:
     return values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
+def _bytes(values: Tensor) -> Any:
+    """The bytes of a contiguous CPU tensor, for the compiled module, which checks sizes."""
+    return values.view(torch.uint8).numpy().reshape(-1)
+
+
 def _linear(x: Tensor, packed: Tensor, out_features: int, precision: str) -> Tensor:
     """x [..., in_features] times a packed matrix: [..., out_features] in x's dtype."""
     x = x.contiguous()
@@ -48,10 +55,10 @@ def _linear(x: Tensor, packed: Tensor, out_features: int, precision: str) -> Ten
         # The module checks every size against the buffer's own words.
         native.linear(
             packed.numpy(),
-            x.view(torch.uint8).numpy().reshape(-1),
+            _bytes(x),
             kind,
             x.numel() // x.shape[-1],
-            y.view(torch.uint8).numpy().reshape(-1),
+            _bytes(y),
             kind,
             precision == "exact",
             _threads(packed.numel() * y.numel() // out_features),
@@ -84,11 +91,28 @@ def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     if not batch or batch > _DENSE_BATCH or x.dtype not in KINDS or weight.dtype not in KINDS:
         return torch.nn.functional.linear(x, weight.to(x.dtype))
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    products.dense_linear(
-        numpy_view(x.view(batch, x.shape[-1])),
-        numpy_view(weight),
-        numpy_view(y.view(batch, weight.shape[0])),
-        threads=_threads(weight.nbytes * batch),
+    threads = _threads(weight.nbytes * batch)
+    native = dispatch.current().native
+    if native is None:
+        products.dense_linear(
+            numpy_view(x.view(batch, x.shape[-1])),
+            numpy_view(weight),
+            numpy_view(y.view(batch, weight.shape[0])),
+            threads=threads,
+        )
+        return y
+    kind = KINDS[x.dtype]
+    native.dense_linear(
+        _bytes(weight),
+        KINDS[weight.dtype],
+        weight.shape[0],
+        weight.shape[1],
+        _bytes(x),
+        kind,
+        batch,
+        _bytes(y),
+        kind,
+        threads,
     )
     return y
 
