@@ -58,7 +58,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     source = make(work / arguments.size, arguments.size)
     tiny = make(work / "tiny", "tiny")
     speed = ["--threads", str(arguments.threads), "--tokens", str(arguments.tokens)]
-    run("run", tiny, "-o", work / "tiny-out", *JOBS["4 bits"], "--overwrite")
+    run("run", tiny, "-o", work / "tiny-out", "quantize:bits=4,group=16", "--overwrite")
     framework = bench(work / "tiny-out", *speed)["memory"]["peak_memory_bytes"]
     rows: dict[str, Any] = {}
     for number, (name, job) in enumerate(JOBS.items()):
