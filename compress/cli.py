@@ -15,7 +15,7 @@ import typer
 
 from compress import __version__
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
-from compress.terminal import console, emit, progress_bar
+from compress.terminal import console, emit, progress_bar, stream
 
 if TYPE_CHECKING:
     from compress.plan import Options, Plan
@@ -250,10 +250,6 @@ def generate(
     """Continue a text with a compressed model, from its packed weights."""
     from compress.runtime.generate import generate_text, summary
 
-    def write(text: str) -> None:
-        typer.echo(text, nl=False)
-        sys.stdout.flush()
-
     body = generate_text(
         out,
         prompt,
@@ -262,7 +258,7 @@ def generate(
         threads=threads or None,
         temperature=temperature,
         seed=seed,
-        write=None if json else write,
+        write=None if json else stream,
     )
     emit(body, json, typer.echo)
     if not json:

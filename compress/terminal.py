@@ -30,7 +30,21 @@ def emit(
             typer.echo(codec.dumps(without_nan(body), indent=1))
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_writing()
+
+
+def stream(text: str) -> None:
+    """A piece of text, shown at once. The command ends where its reader has gone away."""
+    try:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _stop_writing()
+        raise typer.Exit from None
+
+
+def _stop_writing() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Any:

@@ -103,6 +103,23 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def test_streamed_text_ends_with_its_reader() -> None:
+    script = (
+        "import typer\nfrom compress.terminal import stream\n"
+        "def run() -> None:\n    while True:\n        stream('word ' * 10000)\n"
+        "typer.run(run)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     body = tool_json("run", model, "-o", tmp_path / "out", "prune:sparsity=0.5")

@@ -91,9 +91,11 @@ def _model_class(transformers: Any, config: Any, raw: Mapping[str, Any], where: 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     original = nn.Module.register_parameter
+    builder = threading.get_ident()
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
+        ours = threading.get_ident() == builder  # other threads may build modules of their own
+        if ours and param is not None and not param.is_meta:
             param = nn.Parameter(param.detach().to("meta"), requires_grad=False)
         original(self, name, param)
 

@@ -40,6 +40,11 @@ def generate_text(
         raise UsageError(f"max_new_tokens must be positive, not {max_new_tokens}")
     if not 0 <= temperature <= 100:
         raise UsageError(f"temperature must be 0 to 100, not {temperature}")
+    if not path.is_dir():
+        raise UsageError(
+            f"{show(str(path))}: not a directory with a model",
+            hint="name an output of compress run",
+        )
     transformers = require_transformers()
     quiet(transformers)
     tokenizer = _tokenizer(transformers, path)
@@ -113,7 +118,7 @@ def _generate(
 def _tokenizer(transformers: Any, path: Path) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
              "vocab.txt", "spiece.model")  # fmt: skip
-    if path.is_dir() and not any((path / name).is_file() for name in names):
+    if not any((path / name).is_file() for name in names):
         raise InputError(
             f"{show(str(path))}: no tokenizer",
             hint="copy the model's tokenizer.json and tokenizer_config.json there",
@@ -123,8 +128,6 @@ def _tokenizer(transformers: Any, path: Path) -> Any:
             str(path), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        if not path.is_dir():
-            raise UsageError(f"{show(str(path))}: not a directory with a model") from None
         raise InputError(
             f"{show(str(path))}: the tokenizer does not load: {show(str(error), 200)}"
         ) from error
