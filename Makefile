@@ -4,7 +4,8 @@ BIN := .venv/bin
 , := ,
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 
-.PHONY: help setup demo test test-fast lint format asan tsan cross bench large soak cuda cuda-check clean
+.PHONY: help setup demo test test-fast lint format asan tsan cross bench bench-quality large soak \
+  cuda cuda-check clean
 
 help:
 	@echo "make demo    compress a real sentence encoder, verify it, compare embeddings"
@@ -13,7 +14,8 @@ help:
 	@echo "make asan    the kernel tests with AddressSanitizer and UBSan (GCC)"
 	@echo "make tsan    the kernel tests with ThreadSanitizer (GCC)"
 	@echo "make cross   the kernel tests on NEON (QEMU) and emulated AVX-512 (SIMDe)"
-	@echo "make bench   the figures of docs/log.md, as ratios"
+	@echo "make bench   speed, as ratios beside their goals (needs 6 GB of disk)"
+	@echo "make bench-quality  the quality of recipes on a real encoder"
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
 	@echo "make soak    1000 kills"
 	@echo "make cuda    the CUDA kernels, into compress/kernels (needs nvcc)"
@@ -48,7 +50,7 @@ format: .venv/installed
 	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
 
 # docs/sanitizers.md says what each option is for. The tests marked slow would take hours here.
-KERNEL_TESTS := $(wildcard tests/test_kernels*.py tests/test_product*.py)
+KERNEL_TESTS := $(wildcard tests/test_kernels*.py tests/test_product*.py tests/test_obs.py)
 sanitizer_build = PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/$@ -G Ninja \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DCOMPRESS_SANITIZE=$(1) && \
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/$@
@@ -70,10 +72,21 @@ tsan: .venv/installed
 cross: .venv/installed
 	COMPRESS_CROSS=1 $(BIN)/python -m pytest -s tests/test_cross_isa.py
 
+# Each prints its own tables and adds its figures to one file, which is printed in the end.
+FIGURES := build/figures.json
 bench: .venv/installed
-	$(BIN)/python bench/kernels.py
+	mkdir -p build && rm -f $(FIGURES)
+	$(BIN)/python bench/products.py --json $(FIGURES)
+	$(BIN)/python bench/products_sparse.py --json $(FIGURES)
+	$(BIN)/python bench/kernels.py --json $(FIGURES)
+	$(BIN)/python bench/obs.py --json $(FIGURES)
+	$(BIN)/python bench/low_rank.py --json $(FIGURES)
+	$(BIN)/python bench/runtime.py --json $(FIGURES)
+	$(BIN)/python bench/goals.py $(FIGURES)
+
+# The quality of recipes on a real encoder.
+bench-quality: .venv/installed
 	$(BIN)/python bench/quality_minilm.py
-	$(BIN)/python bench/low_rank.py
 
 large: .venv/installed
 	$(BIN)/python bench/large.py

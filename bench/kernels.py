@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import json
 import os
 import statistics
 import time
@@ -26,8 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import goals
 import ml_dtypes
 import numpy as np
+from goals import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +38,7 @@ from compress.kernels import dispatch
 Call = Callable[[], Any]
 GROUP = 128
 TILE_ROWS = 128  # fewer rows keep codes nearer, more rows cost fewer calls
+TITLE = "Quantizers and masks"
 LEFT = ("kernel", "candidate", "ratio to")
 
 
@@ -293,9 +295,40 @@ def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def figures(
+    quantizers: list[dict[str, Any]], memory: list[dict[str, Any]], pruning: list[dict[str, Any]]
+) -> list[Figure]:
+    """The goals. By processor time where a neighbour's work would show in the clock's."""
+    by = {row["kernel"]: row for row in quantizers}
+    reading = by["read bf16 (finite_index)"]["processor ms"]
+    speeds = {row["kernel"]: row["GB/s"] for row in memory}
+    found = []
+    for name, what in (
+        ("int4 symmetric", "packed after"),
+        ("int4 symmetric, packed at once", "at once"),
+    ):
+        row = by[name]
+        found += [
+            Figure(f"int4 plain, {what} / onnxruntime's quantizer", row["by processor"], 25),
+            Figure(
+                f"int4 plain, {what}, share of reading", reading / row["processor ms"], 0.25, 0.5
+            ),
+        ]
+        if "ggml Q4_0" in by:
+            ratio = by["ggml Q4_0"]["processor ms"] / row["processor ms"]
+            found.append(Figure(f"int4 plain, {what} / ggml Q4_0", ratio, 3))
+    searched = by["int4 symmetric, searched"]["by processor"]
+    return [
+        *found,
+        Figure("int4 searched / onnxruntime's plain quantizer", searched, 3),
+        Figure("bf16 histogram, GB/s a thread", speeds["magnitude_histogram bf16"], 5, 10),
+        Figure("threshold and mask / torch global_unstructured", pruning[-1]["ratio"], 150),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ggml", help="a build of ggml: the path of libggml-base.so")
     parser.add_argument("--small", action="store_true", help="a sixteenth of every size")
@@ -314,9 +347,10 @@ def main() -> None:
     }
     for title, rows in tables.items():
         show(console, title, rows)
+    found = figures(*tables.values())
+    goals.show(TITLE, found)
     if options.json:
-        report = {"backend": backend.name, "isa": backend.isa, "tables": tables}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        goals.save(options.json, TITLE, found)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,16 @@ of everything behind a block. `--threads` is for torch and for the sweep's rows;
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import goals
 import numpy as np
 import torch
+from goals import Figure
 from kernels import show
 from rich.console import Console
 
@@ -33,6 +34,7 @@ from compress.solvers.triangular import inverse_factor
 
 BITS, GROUP, BLOCK, DAMPING = 4, 128, 128, 0.01
 BASELINE = "GPTQ in torch"
+TITLE = "The OBS sweep"
 
 
 def problem(side: int) -> tuple[np.ndarray, np.ndarray]:
@@ -153,12 +155,23 @@ def rows(side: int, rounds: int, workers: int) -> list[dict[str, Any]]:
     ]
 
 
+def figures(table: list[dict[str, Any]]) -> list[Figure]:
+    """The sweep against GPTQ in torch: its time, at an error that is no higher."""
+    by = {row["candidate"]: row for row in table}
+    plain, theirs = by["sweep, plain scales"], by[BASELINE]
+    ratio = theirs["error"] / plain["error"]
+    return [
+        Figure("OBS sweep, plain / GPTQ in torch, time", plain["times as fast"], 1.5),
+        Figure("GPTQ in torch / OBS sweep, plain, error", ratio, 0.999),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -168,9 +181,10 @@ def main() -> None:
     console.print(f"backend {backend.name}, {backend.isa}; {workers} threads")
     table = rows(options.side, options.rounds, workers)
     show(console, f"One matrix, {options.side} x {options.side}", table)
+    found = figures(table)
+    goals.show(TITLE, found)
     if options.json:
-        report = {"isa": backend.isa, "threads": workers, "side": options.side, "rows": table}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        goals.save(options.json, TITLE, found)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import goals
+from goals import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +33,7 @@ TABLE = "quantize:bits=8,group=-1,targets=[model.embed_tokens]"
 JOBS = {"4 bits": ["quantize:bits=4,group=128"], "4 bits, table 8 bits": [
     "quantize:bits=4,group=128", TABLE]}  # fmt: skip
 SPEED_GOAL, MEMORY_GOAL = 2.5, 1.15
+TITLE = "Decoding"
 
 
 def main() -> None:
@@ -48,9 +51,11 @@ def main() -> None:
     finally:
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
     show(rows)
+    found = figures(rows)
+    goals.show(TITLE, found)
+    if arguments.json:
+        goals.save(arguments.json, TITLE, found)
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +112,27 @@ def show(rows: dict[str, Any]) -> None:
                 f"{(memory['peak_memory_bytes'] - memory['framework_bytes']) / packed:.3f}",
             )  # fmt: skip
     console.print(table)
-    console.print(f"goals: ratio {SPEED_GOAL}, memory and peak at most {MEMORY_GOAL}")
+
+
+def figures(rows: dict[str, Any]) -> list[Figure]:
+    """Speed beside torch bfloat16; memory as its bound over what it is."""
+    found = []
+    for name, body in rows.items():
+        memory = body["memory"]
+        peak = memory["peak_memory_bytes"] - memory["framework_bytes"]
+        speeds = body["tokens_per_second"]
+        ratio = speeds["exact"]["decode"] / speeds["reference, torch bf16"]["decode"]
+        bound = MEMORY_GOAL * memory["packed_bytes"]
+        resident = memory["resident_weight_bytes"]
+        share = resident / memory["packed_bytes"]
+        found += [
+            Figure(f"{name}: tokens a second / torch bf16", ratio, SPEED_GOAL),
+            Figure(
+                f"{name}: 1.15 x packed / resident", bound / resident, 1.0, None, f"{share:.3f}"
+            ),
+            Figure(f"{name}: 1.15 x packed / peak of loading", bound / peak, 1.0),
+        ]
+    return found
 
 
 if __name__ == "__main__":
