@@ -7,9 +7,10 @@ namespace compress {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 8, kThreads = kWarps * kWarpSize, kBatch = 8;
+constexpr int kWarps = 8, kThreads = kWarps * kWarpSize, kBatch = 4;
 
-// A warp has a row of W and up to eight activations; a lane has every 32nd column.
+// A warp has a row of W and up to four activations (more would take nvcc long to compile); a lane
+// has every 32nd column.
 template <int K>
 __global__ void __launch_bounds__(kThreads)
     product_rows(const uint16_t* x, const StoredCodes codes, i64 columns, i64 words, i64 groups,
