@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 , := ,
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/emulator/*.h)
 
 .PHONY: help setup demo test test-fast lint format asan tsan cross bench bench-quality large soak \
   cuda cuda-check clean
@@ -42,12 +43,12 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/*/*.inc)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 # docs/sanitizers.md says what each option is for. The tests marked slow would take hours here.
 KERNEL_TESTS := $(wildcard tests/test_kernels*.py tests/test_product*.py tests/test_obs.py)
