@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = sorted(ROOT.glob("tests/test_kernels*.py")) + sorted(ROOT.glob("tests/test_product*.py"))
+NAMES = ("test_kernels*.py", "test_product*.py", "test_obs.py")
+TESTS = [path for name in NAMES for path in sorted(ROOT.glob(f"tests/{name}"))]
 
 pytestmark = pytest.mark.skipif(
     "COMPRESS_CROSS" not in os.environ, reason="minutes of compilation: run `make cross`"
