@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 , := ,
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/emulator/*.h)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/emulator/*.h \
+  tests/cross/*.h tests/cross/*.cpp tests/cross/*/*.h)
 
 .PHONY: help setup demo test test-fast lint format asan tsan cross bench bench-quality large soak \
   cuda cuda-check clean
