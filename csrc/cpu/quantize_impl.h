@@ -55,7 +55,8 @@ COMPRESS_INLINE void load_group(const uint8_t* w, const uint8_t* mask, size_t n,
                                 Range& range) {
   Range r = range;
   const auto block = [&](size_t i) __attribute__((always_inline)) {
-    load_block<Masked>(load_weights<K>(w + i * item_size<K>()), Masked ? mask + i : nullptr, out + i, r);
+    load_block<Masked>(load_weights<K>(w + i * item_size<K>()), Masked ? mask + i : nullptr,
+                       out + i, r);
   };
   size_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {

@@ -131,6 +131,8 @@ int64_t py_quantize_groups(Address w, int kind, Address mask, int64_t rows, int6
                                     search,
                                     signed_scale,
                                     at<uint8_t>(codes, n, "codes"),
+                                    nullptr,  // codes are not packed on the way
+                                    0,
                                     at<uint8_t>(scale, n, "scale"),
                                     at<uint8_t>(zero_point),
                                     at<double>(sums, rows, "sums")};
