@@ -169,6 +169,8 @@ def test_only_the_named_columns_change(isa: str) -> None:
         ("mask", np.ones((4, 8), np.uint8)),
         ("exact", np.ones((4, 8), np.float32)),
         ("scale", np.ones((3, 1), np.float32)),
+        ("scale", np.full((4, 1), 1e-40, np.float32)),
+        ("scale", np.full((4, 1), np.inf, np.float32)),
         ("zero_point", np.ones((4, 2), np.uint8)),
         ("group", np.full(4, 1, np.int64)),
         ("group", np.zeros(4, np.int32)),
@@ -356,6 +358,21 @@ def test_dynamic_scales_see_the_corrected_weights() -> None:
     np.testing.assert_array_equal(dynamic.codes.scale[:, 0], fixed.codes.scale[:, 0])
     assert (dynamic.codes.scale[:, 1] != fixed.codes.scale[:, 1]).any()
     assert (fixed.codes.scale == quantize_matrix(w, None, spec(), search="none")[0].scale).all()
+
+
+@pytest.mark.parametrize(("group_size", "block_size"), [(128, 64), (256, 128), (100, 32)])
+def test_scales_do_not_depend_on_the_block(group_size: int, block_size: int) -> None:
+    """A group's scale is chosen once all of its columns are corrected, coded in pieces or not."""
+    w, hessian = normal(32, 512), correlated(512)
+    sizes = (block_size, group_size)
+    some, whole = (
+        obs_sweep(w, hessian, spec(group_size=group_size), search="none", block_size=size)
+        for size in sizes
+    )
+    # Sums in another order may move a scale to the next float16.
+    step = np.abs(some.codes.scale.astype(np.float32) - whole.codes.scale.astype(np.float32))
+    assert (step <= 2**-10 * np.abs(whole.codes.scale.astype(np.float32))).all()
+    assert (some.codes.scale == whole.codes.scale).mean() > 0.9
 
 
 def test_one_scale_for_the_tensor() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -151,7 +151,7 @@ def test_massive_activations_cost_their_neighbours_nothing(
         packed = pack_linear(40, 512, [codes_segment(own)])
         ordinary = rng.standard_normal((3, 512)).astype(np.float32)
         x = ordinary.copy()
-        x[0, [7, 300]], x[2, 511] = (3000.0, -900.0), 1e5
+        x[0, [7, 60, 300]], x[2, 511] = (3000.0, -2000.0, -900.0), 1e5
         dense = own.dequantize().astype(np.float64)
         error = run(packed, x, isa=isa, precision=precision) - x.astype(np.float64) @ dense.T
         float32 = 4e-7 * np.linalg.norm(np.abs(x.astype(np.float64)) @ np.abs(dense.T))
@@ -304,6 +304,10 @@ def test_bad_parts_are_refused_when_packing() -> None:
         pack_linear(8, 32, [segment], factors=Factors(np.zeros((8, 2)), np.zeros((2, 31))))
     with pytest.raises(ValueError, match="outlier"):
         pack_linear(8, 32, [segment], outliers=(np.array([8]), np.array([0]), np.ones(1)))
+    with pytest.raises(ValueError, match="does not fit"):
+        pack_linear(8, 32, [replace(segment, first_column=-1)])
+    with pytest.raises(ValueError, match="another one has"):
+        pack_linear(8, 64, [segment, replace(segment, first_column=31)])
     with pytest.raises(ValueError, match="segments"):
         pack_linear(8, 32, [segment] * (MAX_SEGMENTS + 1))
     with pytest.raises(ValueError, match="scale and zero_point"):
@@ -343,6 +347,18 @@ def test_damaged_buffers_are_refused_or_computed_but_never_read_outside() -> Non
 
 
 @pytest.mark.skipif(_EXTENSION is None, reason="the compiled kernels are not built")
+@pytest.mark.parametrize("rows", [0, 16])
+def test_damaged_factors_without_columns_write_nothing(rows: int) -> None:
+    """No column bounds A, and a rank of 2^60 wraps the size of B."""
+    packed = pack_linear(rows, 0, [])
+    words = packed[: 8 * HEADER_WORDS].view(np.int64)
+    for rank in (1 << 60, 1 << 62, (1 << 60) + 1, -1, packed.size + 1):
+        words[6:10] = rank, 0, 128, 128
+        with pytest.raises(ValueError, match="packed"):
+            linear(np.empty((4, 0), np.float32), packed, np.empty((4, rows), np.float32))
+
+
+@pytest.mark.skipif(_EXTENSION is None, reason="the compiled kernels are not built")
 def test_products_run_on_torchs_threads_where_torch_is_loaded() -> None:
     """One pool: our own without torch, torch's OpenMP threads with it; the same bits on both."""
     program = """
@@ -376,8 +392,7 @@ print(_cpu.pool_name(), hashlib.sha256(y).hexdigest())
 
 
 @pytest.mark.skipif(_EXTENSION is None, reason="the compiled kernels are not built")
-def test_many_callers_and_forked_children_share_the_pool() -> None:
-    """Calls from several threads at once, then from a forked child: the same bits each time."""
+def test_many_callers_at_once() -> None:
     rng = np.random.default_rng(11)
     packed = pack_linear(400, 256, [codes_segment(codes(rng, (400, 256), 4, 64))])
     x = rng.standard_normal((8, 256)).astype(np.float32)
@@ -385,9 +400,30 @@ def test_many_callers_and_forked_children_share_the_pool() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda _: run(packed, x, threads=3).tobytes(), range(200))
         assert all(result == want for result in found)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside other threads
-        child = os.fork()
-    if child == 0:
-        os._exit(0 if run(packed, x, threads=3).tobytes() == want else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(_EXTENSION is None or not hasattr(os, "fork"), reason="needs the kernels, fork")
+@pytest.mark.parametrize("library", ["sys", "torch"])
+def test_a_forked_child_still_multiplies(library: str) -> None:
+    """The parent's threads, OpenMP's with torch and ours without, are gone in the child."""
+    program = """
+import os, sys
+import numpy as np
+__import__(sys.argv[1])
+from compress.kernels.packing import codes_segment, pack_linear
+from compress.kernels.products import linear
+from compress.tensor import Codes
+own = Codes(np.arange(4096, dtype=np.uint8).reshape(512, 8) % 16, np.ones((512, 1), np.float32),
+            None, 4, 8)
+packed = pack_linear(512, 8, [codes_segment(own)])
+x = np.ones((40, 8), np.float32)
+want, got = np.empty((2, 40, 512), np.float32)
+linear(x, packed, want, threads=3)
+child = os.fork()
+if child == 0:
+    linear(x, packed, got, threads=3)
+    os._exit(0 if (want == got).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    command = [sys.executable, "-W", "ignore", "-c", program, library]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 0

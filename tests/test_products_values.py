@@ -248,8 +248,8 @@ def test_every_int8(isa: str, dtype: np.dtype) -> None:
     values = np.arange(256, dtype=np.uint8).reshape(4, 64)
     stored = values.view(np.int8) if dtype == I8 else values
     integers = stored.astype(np.int32) - (0 if dtype == I8 else 128)
-    scale = np.array([[0.5, 2], [1, 3], [0.25, 1], [7, 1]], np.float32)
-    want = integers * np.repeat(scale, 32, axis=1)
+    scale = np.array([[0.5, 2], [1, 3], [0.25, 1e-37], [7, 3e-36]], np.float32)
+    want = integers.astype(np.float32) * np.repeat(scale, 32, axis=1)
     bits = np.full((4, 8), 255, np.uint8)
     for segment in (
         dense_segment(stored, scale=scale, group_size=32),

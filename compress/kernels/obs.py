@@ -29,7 +29,7 @@ def obs_block(
     (w - value) / upper[i, i]. upper float32 [n, n]: the columns' block of the upper factor U of
     the inverse Hessian U^T U; only its upper triangle is read. mask bool [rows, cols] or None:
     False = the value is zero. exact float32 [rows, n] or None: an entry's value whatever its
-    code, NaN where the code decides. scale float32 (finite, not zero) and zero_point uint8
+    code, NaN where the code decides. scale float32 (normal numbers) and zero_point uint8
     [rows, groups], None = 2^(bits-1); group int64 [n]: the group of each column. codes uint8
     [rows, cols]. Weights must be finite. Source: GPTQ (arXiv:2210.17323), SparseGPT
     (arXiv:2301.00774).
@@ -51,6 +51,9 @@ def obs_block(
     if exact is not None:
         _check("exact", exact, np.float32, (rows, n))
     _check("scale", scale, np.float32, (rows, groups))
+    magnitudes = np.abs(scale)  # smaller ones have no reciprocal
+    if not ((magnitudes >= np.finfo(np.float32).tiny) & np.isfinite(magnitudes)).all():
+        raise ValueError("scale must hold normal numbers only")
     if zero_point is not None:
         _check("zero_point", zero_point, np.uint8, (rows, groups))
     _check("group", group, np.int64, (n,))

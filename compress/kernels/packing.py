@@ -193,9 +193,14 @@ def pack_linear(
     words = np.zeros(HEADER_WORDS + SEGMENT_WORDS * len(segments), np.int64)
     buffer = _Buffer(words.size)
     words[[0, 2, 3, 4]] = MAGIC, rows, columns, len(segments)
+    taken = np.zeros(columns, np.bool_)
     for i, segment in enumerate(segments):
-        if segment.rows != rows or segment.first_column + segment.columns > columns:
+        first, end = segment.first_column, segment.first_column + segment.columns
+        if segment.rows != rows or first < 0 or end > columns:
             raise ValueError(f"segment {i} does not fit a matrix of {rows} x {columns}")
+        if taken[first:end].any():
+            raise ValueError(f"segment {i} has columns that another one has, too")
+        taken[first:end] = True
         own = words[HEADER_WORDS + SEGMENT_WORDS * i :][:SEGMENT_WORDS]
         own[:6] = segment.kind, segment.first_column, segment.columns, *segment.words
         for word, array in segment.arrays.items():

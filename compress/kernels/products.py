@@ -4,8 +4,8 @@
     dense_linear(x, w, y, threads=2)            (a weight where it lies, nothing packed)
 
 Activations that meet codes are rounded, a block of at most 128 columns at a time: `exact` to 16
-bits, `fast` to 8. One that is more than four times as large as all others of its block is
-multiplied alone, in float32, so that massive activations cost their neighbours nothing. Weights
+bits, `fast` to 8. Up to four that are more than four times as large as all others of their block
+are multiplied alone, in float32, so that massive activations cost their neighbours nothing. Weights
 that are no codes are multiplied in float32 either way. A row's result does not depend on the other
 rows of the batch or on the threads. See docs/products.md.
 """

@@ -30,6 +30,7 @@ DTYPES = (
 TOP = {"exact": 32512, "fast": 127}  # the largest integer an activation becomes
 SMALLEST = np.float32(2.0**-100)  # blocks of smaller activations count as zero
 MASSIVE = np.float32(4)  # times the next largest of the block
+MOST_MASSIVE = 4  # of a block
 
 
 class View(NamedTuple):
@@ -115,22 +116,23 @@ class Rounded(NamedTuple):
 def round_activations(x: F32, top: int) -> Rounded:
     """x float32 [batch, block], each row with a scale of its own.
 
-    The largest entry of a row is massive where it is more than 4 times as large as every other.
-    Rows with a NaN or an infinity get a NaN scale.
+    The largest entries of a row, up to four, are massive where the last of them is more than 4
+    times as large as the next. Rows with a NaN or an infinity get a NaN scale.
     """
-    batch = x.shape[0]
     magnitudes = np.abs(x)
-    rows, place = np.arange(batch), np.argmax(magnitudes, axis=1)
-    largest = magnitudes[rows, place]
     finite = np.isfinite(magnitudes).all(axis=1)
-    others = magnitudes.copy()
-    others[rows, place] = 0
-    second = others.max(axis=1, initial=np.float32(0))
-    alone = finite & (largest >= SMALLEST) & (largest > second * MASSIVE)
+    order = np.argsort(-magnitudes, axis=1, kind="stable")[:, : MOST_MASSIVE + 1]
+    falling = np.zeros((x.shape[0], MOST_MASSIVE + 1), np.float32)
+    falling[:, : order.shape[1]] = np.take_along_axis(magnitudes, order, axis=1)
+    gaps = falling[:, :-1] > MASSIVE * falling[:, 1:]
+    count = np.where(gaps, np.arange(1, MOST_MASSIVE + 1), 0).max(axis=1)
+    count[~finite | ~(falling[:, 0] >= SMALLEST)] = 0
     massive = np.zeros_like(x)
-    massive[rows[alone], place[alone]] = x[rows[alone], place[alone]]
+    for row in np.flatnonzero(count):
+        places = order[row, : count[row]]
+        massive[row, places] = x[row, places]
     rest = np.where(massive == 0, x, np.float32(0))
-    largest = np.where(alone, second, largest)
+    largest = falling[np.arange(x.shape[0]), count]
     usable = finite & (largest >= SMALLEST)
     scale = np.where(usable, largest / np.float32(top), np.float32(0)).astype(np.float32)
     inverse = np.divide(np.float32(top), largest, out=np.zeros_like(largest), where=usable)

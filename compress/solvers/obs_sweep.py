@@ -161,10 +161,16 @@ class _Sweep:
         columns = self.w.shape[1]
         for span, stop in _spans(columns, self.plan):
             self._correct(0, span, stop)
+            known = span  # errors before it are off the columns that follow
             for start, end in _pieces(span, stop, self.plan):
-                self._correct(span, start, end)
                 if not self.plan.static and start % self.plan.spec.group_size == 0:
-                    self._choose_scales(start, min(start + self.plan.spec.group_size, stop))
+                    # The whole group, though it may be coded in pieces: its scale is chosen now.
+                    group_end = min(start + self.plan.spec.group_size, stop)
+                    self._correct(span, start, group_end)
+                    self._choose_scales(start, group_end)
+                    known = start
+                else:
+                    self._correct(known, start, end)
                 self._code(start, end)
         return Swept(self._codes(), self._squared_error())
 

@@ -46,20 +46,30 @@ uint64_t pieces(uint64_t whole, uint64_t part) {
   return whole / part + (whole % part != 0);
 }
 
+// a * b * c, or a size that fits no buffer.
+uint64_t product(uint64_t a, uint64_t b, uint64_t c = 1) {
+  uint64_t result;
+  if (__builtin_mul_overflow(a, b, &result) || __builtin_mul_overflow(result, c, &result)) {
+    return ~(uint64_t)0;
+  }
+  return result;
+}
+
 // Columns of a segment once each of its blocks is padded.
 uint64_t padded_columns(const Segment& s) {
   const auto padded = [](uint64_t n) {
     return n / kMaxBlock * kMaxBlock + pieces(n % kMaxBlock, kPad) * kPad;
   };
-  return s.columns / s.group_size * padded(s.group_size) + padded(s.columns % s.group_size);
+  const uint64_t whole = product(s.columns / s.group_size, padded(s.group_size));
+  return whole > kLargest ? whole : whole + padded(s.columns % s.group_size);
 }
 
 const char* parse_codes(Reader& r, size_t at, uint64_t tiles, Segment& s) {
   if (s.bits != 2 && s.bits != 4 && s.bits != 8) return "codes must have 2, 4 or 8 bits";
   const uint64_t groups = pieces(s.columns, s.group_size);
-  s.data = r.array(at + 6, tiles, padded_columns(s) * kTileRows * (uint64_t)s.bits / 8);
-  s.scale = r.array(at + 7, tiles, groups * kTileRows * item_bytes(s.scale_kind));
-  s.zero = r.optional(at + 8, tiles, groups * kTileRows);
+  s.data = r.array(at + 6, tiles, product(padded_columns(s), 2 * (uint64_t)s.bits));
+  s.scale = r.array(at + 7, tiles, product(groups, kTileRows, item_bytes(s.scale_kind)));
+  s.zero = r.optional(at + 8, tiles, product(groups, kTileRows));
   return nullptr;
 }
 
@@ -76,7 +86,8 @@ const char* parse_values(Reader& r, size_t at, uint64_t rows, Segment& s) {
     count += s.columns;
   }
   s.data = r.array(at + 6, count, item_bytes(s.value_kind));
-  if (s.value_kind == kInt8) s.scale = r.array(at + 7, rows, groups * item_bytes(s.scale_kind));
+  if (s.value_kind == kInt8)
+    s.scale = r.array(at + 7, rows, product(groups, item_bytes(s.scale_kind)));
   return nullptr;
 }
 
@@ -151,15 +162,11 @@ const char* parse(const uint8_t* buffer, size_t size, Packed* packed) {
   }
   p.bias = r.optional(5, p.rows, 4);
   if (p.rank) {
-    if (p.rank > kLargest || r.word(7) > kInt8) return "the factors are out of range";
+    if (p.rank > size || r.word(7) > kInt8) return "the factors are out of range";
     p.factor_kind = static_cast<Kind>(r.word(7));
-    uint64_t a, b;
-    if (__builtin_mul_overflow((uint64_t)p.rank, (uint64_t)p.columns, &a) ||
-        __builtin_mul_overflow((uint64_t)p.rank * kTileRows, tiles, &b)) {
-      return "a size overflows";
-    }
-    p.factor_a = r.array(8, a, item_bytes(p.factor_kind));
-    p.factor_b = r.array(9, b, item_bytes(p.factor_kind));
+    const uint64_t item = item_bytes(p.factor_kind);
+    p.factor_a = r.array(8, product(p.rank, p.columns), item);
+    p.factor_b = r.array(9, product(p.rank, kTileRows, tiles), item);
     p.rank_scale = r.optional(10, p.rank, 4);
   }
   const char* wrong = parse_outliers(r, p, tiles);

@@ -53,7 +53,7 @@ struct Activations {
   int8_t* values;           // [batch][planes][plane_bytes]
   float* scale;             // [batch][blocks]
   int32_t* sums;            // [batch][blocks], of a block's integers
-  Massive* massive;         // [batch][blocks], `massive_count` of them in use
+  Massive* massive;         // [batch][blocks][kMostMassive], `massive_count` of a row in use
   uint32_t* massive_count;  // [batch]
 };
 
@@ -68,33 +68,52 @@ COMPRESS_INLINE float magnitude(float x) {
 }
 
 constexpr float kMassive = 4.0f;  // times the next largest of the block
+constexpr int kMostMassive = 4;   // of a block
 
-// The place of an entry more than kMassive times as large as every other, or `length`; `next` is
-// then the largest of the others. `lanes` are the magnitudes of the lanes.
-static size_t find_massive(const float* x, size_t length, float largest, const uint32_t* lanes,
-                           float* next) {
+// The massive entries of a block: its largest ones, where the last of them is more than kMassive
+// times as large as the next. Returns how many; `places` are in order, `next` is the largest of the
+// others. `lanes` are the largest magnitudes of the lanes.
+static int find_massive(const float* x, size_t length, float largest, const uint32_t* lanes,
+                        uint32_t* places, float* next) {
   int near = 0;
   for (size_t i = 0; i < kLanes; ++i) {
     float lane;
     memcpy(&lane, lanes + i, 4);
     near += lane * kMassive >= largest;
   }
-  if (near != 1) return length;  // two lanes hold large ones: the usual case
-  size_t place = 0;
-  while (magnitude(x[place]) != largest) ++place;
-  float second = 0;
+  if (near > kMostMassive) return 0;  // the usual case
+  float top[kMostMassive + 1] = {0};  // in falling order
+  uint32_t at[kMostMassive + 1] = {0};
   for (size_t i = 0; i < length; ++i) {
-    if (i != place && magnitude(x[i]) > second) second = magnitude(x[i]);
+    const float m = magnitude(x[i]);
+    int k = kMostMassive;
+    if (!(m > top[k])) continue;
+    for (; k > 0 && m > top[k - 1]; --k) {
+      top[k] = top[k - 1];
+      at[k] = at[k - 1];
+    }
+    top[k] = m;
+    at[k] = (uint32_t)i;
   }
-  *next = second;
-  return largest > second * kMassive ? place : length;
+  int count = 0;
+  for (int k = 1; k <= kMostMassive; ++k) {
+    if (top[k - 1] > kMassive * top[k]) count = k;
+  }
+  *next = top[count];
+  for (int i = 0; i < count; ++i) {
+    int k = i;
+    for (; k > 0 && places[k - 1] > at[i]; --k) places[k] = places[k - 1];
+    places[k] = at[i];
+  }
+  return count;
 }
 
 struct Rounded {
   float scale;
   int32_t sum;
-  size_t massive;  // its place, or kMaxBlock
-  float value;
+  int massive;  // how many, at `places`
+  uint32_t places[kMostMassive];
+  float values[kMostMassive];
 };
 
 // One block: integers = rint(x * (top / largest)), scale = largest / top.
@@ -112,7 +131,9 @@ COMPRESS_INLINE Rounded round_block(const uint8_t* x, Kind kind, const Block& bl
     worst = umax(worst, abs_bits(value));
     store(wide + i, value);
   }
-  Rounded r{0, 0, kMaxBlock, 0};
+  Rounded r;
+  r.scale = 0;
+  r.massive = 0;
   const uint32_t bits = reduce_umax(worst);
   float largest;
   memcpy(&largest, &bits, 4);
@@ -123,13 +144,12 @@ COMPRESS_INLINE Rounded round_block(const uint8_t* x, Kind kind, const Block& bl
     uint32_t lanes[kLanes];
     memcpy(lanes, &worst, sizeof lanes);
     float next = 0;
-    const size_t place = find_massive(wide, block.length, largest, lanes, &next);
-    if (place < block.length) {
-      r.massive = place;
-      r.value = wide[place];
-      wide[place] = 0;
-      largest = next;
+    r.massive = find_massive(wide, block.length, largest, lanes, r.places, &next);
+    for (int i = 0; i < r.massive; ++i) {
+      r.values[i] = wide[r.places[i]];
+      wide[r.places[i]] = 0;
     }
+    if (r.massive) largest = next;
   }
   float inverse = 0;
   if (largest >= tiny) {
@@ -175,8 +195,8 @@ static void round_row(const RoundRows& r, size_t row) {
                                   out + block.offset * (Words ? 2 : 1), a.plane_bytes);
     a.scale[first + b] = one.scale;
     a.sums[first + b] = one.sum;
-    if (one.massive < kMaxBlock) {
-      a.massive[first + massive++] = {(uint32_t)b, (uint32_t)one.massive, one.value};
+    for (int i = 0; i < one.massive; ++i) {
+      a.massive[first * kMostMassive + massive++] = {(uint32_t)b, one.places[i], one.values[i]};
     }
   }
   a.massive_count[row] = massive;
@@ -208,7 +228,7 @@ static bool round_activations(const Segment& s, const Blocks& blocks, const Line
   a.values = (int8_t*)malloc(args.batch * (size_t)a.planes * a.plane_bytes + 64);
   a.scale = (float*)malloc(args.batch * blocks.count * 4 + 64);
   a.sums = (int32_t*)malloc(args.batch * blocks.count * 4 + 64);
-  a.massive = (Massive*)malloc(args.batch * blocks.count * sizeof(Massive) + 64);
+  a.massive = (Massive*)malloc(args.batch * blocks.count * kMostMassive * sizeof(Massive) + 64);
   a.massive_count = (uint32_t*)malloc(args.batch * 4);
   if (!a.values || !a.scale || !a.sums || !a.massive || !a.massive_count) return false;
   RoundRows rows{&s, &blocks, &args, &a};
@@ -272,7 +292,7 @@ static void add_massive(const CodesTile& t, size_t tile, size_t row, float* out)
   const size_t scale_item = s.scale_kind == kFloat32 ? 4 : 2;
   const uint8_t* codes = s.data + tile * t.blocks->padded * kTileRows * bits / 8;
   for (uint32_t i = 0; i < a.massive_count[row]; ++i) {
-    const Massive& m = a.massive[row * t.blocks->count + i];
+    const Massive& m = a.massive[row * t.blocks->count * kMostMassive + i];
     const Block& block = t.blocks->at[m.block];
     const size_t group = (tile * t.groups + block.group) * kTileRows;
     const uint8_t* from =

@@ -92,9 +92,6 @@ constexpr ExpandTables make_expand_tables() {
 
 static constexpr ExpandTables kExpand = make_expand_tables();
 
-// What a lane of integers must be multiplied with to be an int8 again.
-constexpr float kSparseInt8 = 0x1p-24f;
-
 COMPRESS_INLINE __m256i row_of(const void* table, size_t offset) {
   return _mm256_load_si256((const __m256i*)((const uint8_t*)table + offset));
 }
@@ -118,8 +115,9 @@ COMPRESS_INLINE V sparse_step(const uint8_t* p, uint64_t word, size_t k, size_t*
   if (K == kInt8) {
     int64_t eight;
     memcpy(&eight, p, 8);
-    return _mm256_cvtepi32_ps(
-        _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), row_of(kExpand.int8, offset)));
+    const __m256i tops =
+        _mm256_shuffle_epi8(_mm256_set1_epi64x(eight), row_of(kExpand.int8, offset));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(tops, 24));
   }
   const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
   return _mm256_castsi256_ps(_mm256_shuffle_epi8(values, row_of(kExpand.bf16, offset)));

@@ -58,8 +58,6 @@ COMPRESS_INLINE V dense_step(const uint8_t* p) {
   return load_bf16(p);
 }
 
-constexpr float kSparseInt8 = 1.0f;
-
 template <int K>
 COMPRESS_INLINE V sparse_step(const uint8_t* p, uint64_t word, size_t k, size_t* kept) {
   const uint64_t bits = word >> 16 * k & 0xFFFF;

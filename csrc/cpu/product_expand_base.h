@@ -71,9 +71,6 @@ COMPRESS_INLINE V dense_step(const uint8_t* p) {
   return v;
 }
 
-// Expanded int8 values are this many times what is stored; the factor joins the scale.
-constexpr float kSparseInt8 = 1.0f;
-
 // Step `k` of 64 columns, `word` their bits: the kept values from `p` on (all of kStep may be
 // read), each in the lane of its bit, and how many they are.
 template <int K>

@@ -63,7 +63,7 @@ static void multiply_span(const ValuesWork& v, size_t number, size_t start, Row*
       stop = smaller(end, (group + 1) * s.group_size);
       COMPRESS_UNROLL
       for (int r = 0; r < Rows; ++r) {
-        scale[r] = v_set1(scale_at(v, number + (size_t)r, group) * Row::kUnit);
+        scale[r] = v_set1(scale_at(v, number + (size_t)r, group));
       }
     }
     add_columns<Row, Rows, Batch>(rows, scale, v.x + at, v.stride, stop - at, ahead, sums);
@@ -141,7 +141,7 @@ static void expand_columns(const ValuesWork& v, size_t number, Row& row, size_t 
   for (size_t at = start; at < start + count;) {
     const size_t group = at / s.group_size;
     const size_t next = smaller(start + count, (group + 1) * s.group_size);
-    const float scale = scale_at(v, number, group) * Row::kUnit;
+    const float scale = scale_at(v, number, group);
     for (; at < next; ++at) out[at - start] *= scale;
   }
 }

@@ -31,7 +31,6 @@ template <int K>
 struct DenseRow {
   static constexpr bool kScaled = K == kInt8;
   static constexpr bool kWhole = true;
-  static constexpr float kUnit = 1.0f;
   const uint8_t* p;
 
   COMPRESS_MEMBER void start(const Segment& s, size_t row) {
@@ -61,7 +60,6 @@ template <int K>
 struct SparseRow {
   static constexpr bool kScaled = K == kInt8;
   static constexpr bool kWhole = false;
-  static constexpr float kUnit = K == kInt8 ? kSparseInt8 : 1.0f;
   const uint8_t* p;
   const uint8_t* mask;
 

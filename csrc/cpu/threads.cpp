@@ -9,6 +9,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -61,10 +62,7 @@ class Pool {
       return;
     }
     const size_t helpers = static_cast<size_t>(threads - 1);
-    while (threads_ < helpers) {
-      std::thread([this, number = threads_] { serve(number); }).detach();
-      ++threads_;
-    }
+    start(helpers);
     {
       const std::lock_guard<std::mutex> hold(mutex_);
       loop_ = &loop;
@@ -84,6 +82,16 @@ class Pool {
 
  private:
   static constexpr int kSpins = 5000;
+
+  void start(size_t helpers) {
+    try {
+      for (; threads_ < helpers; ++threads_) {
+        std::thread([this, number = threads_] { serve(number); }).detach();
+      }
+    } catch (const std::system_error&) {
+      // The machine gives no more threads: those that there are will do.
+    }
+  }
 
   void serve(size_t number) {
     for (uint64_t seen = 0;;) {
@@ -115,41 +123,55 @@ class Pool {
 // Never destroyed: its threads outlive every static object. A forked child starts a new one.
 std::atomic<Pool*> current_pool{nullptr};
 
+// OpenMP's threads do not survive a fork, and its runtime waits for them for ever.
+std::atomic<bool> forked{false};
+
+void forget_threads() {
+  current_pool.store(nullptr, std::memory_order_release);
+  forked.store(true, std::memory_order_release);
+}
+
+void watch_forks() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);
+  (void)registered;
+#endif
+}
+
 Pool& pool() {
   Pool* found = current_pool.load(std::memory_order_acquire);
   if (found) return *found;
-  static std::mutex making;
-  const std::lock_guard<std::mutex> hold(making);
-  found = current_pool.load(std::memory_order_acquire);
-  if (found) return *found;
-#if defined(__unix__) || defined(__APPLE__)
-  static const int registered = pthread_atfork(
-      nullptr, nullptr, [] { current_pool.store(nullptr, std::memory_order_release); });
-  (void)registered;
-#endif
-  found = new Pool;
-  current_pool.store(found, std::memory_order_release);
+  Pool* made = new Pool;
+  if (current_pool.compare_exchange_strong(found, made, std::memory_order_acq_rel)) return *made;
+  delete made;
   return *found;
 }
 
 thread_local bool inside = false;
 
+struct Inside {
+  Inside() { inside = true; }
+  ~Inside() { inside = false; }
+};
+
 }  // namespace
 
 void parallel_for(size_t count, int threads, Task task, void* context) {
   Loop loop{count, task, context};
-  if (static_cast<size_t>(threads) > count) threads = static_cast<int>(count);
-  if (threads <= 1 || inside) {
+  if (threads <= 1 || count <= 1 || inside) {
     loop.work();
     return;
   }
-  inside = true;
-  if (const GompParallel openmp = find_openmp()) {
+  watch_forks();
+  const Inside here;
+  const GompParallel openmp = find_openmp();
+  if (openmp && !forked.load(std::memory_order_acquire)) {
+    // Always as many threads: OpenMP ends and starts threads where a loop wants another number.
     openmp(work_on, &loop, static_cast<unsigned>(threads), 0);
-  } else {
-    pool().run(loop, threads);
+    return;
   }
-  inside = false;
+  if (static_cast<size_t>(threads) > count) threads = static_cast<int>(count);
+  pool().run(loop, threads);
 }
 
 const char* pool_name() {
