@@ -33,6 +33,7 @@ from compress.tensor import Codes
 
 GROUP = 128
 ROTATED = 150e6  # bytes of weights
+PAUSE = 0.1  # seconds
 TITLE = "Products with codes"
 Call = Callable[[], object]
 
@@ -101,10 +102,15 @@ class Weights:
 
 
 def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, one warm-up round."""
+    """Median seconds of each call, one warm-up round.
+
+    Before each, idle threads get the time to fall asleep: onnxruntime's spin for milliseconds after
+    a call and would hold a processor that the next candidate needs.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
+            time.sleep(PAUSE)
             started = time.perf_counter()
             call()
             if turn:
