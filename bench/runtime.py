@@ -40,7 +40,7 @@ def main() -> None:
     """Make the models, measure them, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--size", default="1b", choices=["tiny", "160m", "1b", "3b"])
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="0: as torch decides")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path)
@@ -95,6 +95,7 @@ def bench(out: Path, *words: str | Path) -> Any:
 def show(rows: dict[str, Any]) -> None:
     """Results, ratios and goals."""
     console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(f"{next(iter(rows.values()))['threads']} threads")
     table = Table(
         "output", "precision", "tokens/s", "torch bf16", "ratio", "prompt", "torch bf16",
         "memory / packed", "peak / packed", box=None,

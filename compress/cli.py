@@ -7,10 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-# One BLAS thread a tensor: the tool's own pool runs over tensors, and sums keep one order.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("MKL_NUM_THREADS", "1")
-
 import typer
 
 from compress import __version__
@@ -20,6 +16,11 @@ from compress.terminal import console, emit, progress_bar, stream
 if TYPE_CHECKING:
     from compress.plan import Options, Plan
     from compress.recipe import Recipe
+
+# One BLAS thread a tensor: the tool's own pool runs over tensors, and sums keep one order. (numpy,
+# which reads this, is imported later.)
+_ONE_THREAD = [n for n in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if n not in os.environ]
+os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
 
 app = typer.Typer(
     name="compress",
@@ -248,6 +249,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue a text with a compressed model, from its packed weights."""
+    _leave_threads_to_torch()
     from compress.runtime.generate import generate_text, summary
 
     body = generate_text(
@@ -279,6 +281,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure a compressed model here: tokens a second, memory, each layer."""
+    _leave_threads_to_torch()
     from compress.runtime.bench import bench_model, print_bench
 
     body = bench_model(
@@ -323,6 +326,12 @@ def main() -> None:
             raise
         message = f"internal error: {type(error).__name__}: {show(str(error), 200)}"
         _fail(CompressError(message, hint="COMPRESS_DEBUG=1 shows where; please report it"))
+
+
+def _leave_threads_to_torch() -> None:
+    """Undo the limit above before torch is imported: a model runs on all of torch's threads."""
+    for name in _ONE_THREAD:
+        os.environ.pop(name, None)
 
 
 def _job(words: list[str], recipe_file: Path | None, seed: int | None) -> tuple[Path, Recipe]:

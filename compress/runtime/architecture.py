@@ -7,6 +7,7 @@ registers it, before its initialization would touch its memory.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import nn
 
 from compress.checkpoint.config import strip_code_keys
 from compress.errors import InputError, UsageError, show
+from compress.runtime.slots import persistent_buffers
 
 _BUILDING = threading.Lock()
 
@@ -36,6 +38,8 @@ def require_transformers() -> Any:
 def build(raw: Mapping[str, Any] | None, dtype: torch.dtype, where: str) -> Any:
     """The model of a config.json, in eval mode, with parameters of `dtype` on the meta device.
 
+    What the class wants in float32 at every `dtype` (`_keep_in_fp32_modules`) is in float32.
+
     The class is the first of `architectures` that transformers itself has; code that lies beside
     a checkpoint is never run. Raises InputError where the config names no such class.
     """
@@ -50,12 +54,29 @@ def build(raw: Mapping[str, Any] | None, dtype: torch.dtype, where: str) -> Any:
     with _BUILDING, _parameters_on_meta():
         try:
             model = cls._from_config(config, dtype=dtype)
-        except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        except (
+            ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError,
+        ) as error:  # fmt: skip
             raise InputError(
                 f"{show(where)}: {cls.__name__} cannot be built from config.json:"
                 f" {show(str(error), 200)}"
             ) from error
+    _keep_float32(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _keep_float32(model: Any, dtype: torch.dtype) -> None:
+    """Follow the class's plan of dtypes, whose names are searched for as transformers does."""
+    if not hasattr(model, "_get_dtype_plan"):  # an older transformers
+        return
+    plan = model._get_dtype_plan(dtype)
+    parts = [name.replace("*", ".*") for name, kept in plan.items() if kept == torch.float32]
+    if not parts:
+        return
+    named = re.compile("|".join(parts))
+    for name, tensor in (*model.named_parameters(), *persistent_buffers(model).items()):
+        if tensor.is_floating_point() and named.search(name):
+            tensor.data = tensor.data.float()
 
 
 def _config(transformers: Any, raw: Mapping[str, Any], where: str) -> Any:
@@ -69,7 +90,7 @@ def _config(transformers: Any, raw: Mapping[str, Any], where: str) -> Any:
         )
     try:
         return transformers.CONFIG_MAPPING[name].from_dict(fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise InputError(f"{show(where)}: config.json: {show(str(error), 200)}") from error
 
 

@@ -15,7 +15,7 @@ from compress.kernels import dispatch
 from compress.run import peak_memory
 from compress.runtime.architecture import require_transformers
 from compress.runtime.generate import quiet
-from compress.runtime.layer_bench import BREAK_EVEN_NOTE, time_layers
+from compress.runtime.layer_bench import BREAK_EVEN_NOTE, cache_note, time_layers
 from compress.runtime.loading import load
 from compress.runtime.memory import packed_bytes, resident_bytes
 from compress.runtime.modules import CompressedLinear
@@ -58,7 +58,8 @@ def bench_model(
     reference  a plain checkpoint that runs beside it, in bfloat16 by torch alone
     tokens     how many are decoded by each candidate, one at a time (batch 1)
 
-    Raises UsageError for an argument, InputError for a checkpoint that cannot be run.
+    Raises UsageError for an argument (more tokens than the model has positions, too), InputError
+    for a checkpoint that cannot be run.
     """
     if tokens < ROUNDS:
         raise UsageError(f"tokens must be {ROUNDS} or more, not {tokens}")
@@ -77,7 +78,8 @@ def bench_model(
     if reference is not None:
         plain = load(reference, dtype="bfloat16", dense_kernels=False)
         candidates.append(Candidate("reference, torch bf16", plain))
-    prompt = _prompt(model)
+    decoded = tokens if model.can_generate() else 0
+    prompt = _prompt([c.model for c in candidates], decoded)
     with torch.inference_mode():
         _measure(candidates, prompt, tokens)
         found = time_layers(model) if layers else []
@@ -88,29 +90,43 @@ def bench_model(
         "dtype": str(model.dtype).removeprefix("torch."),
         "load_seconds": load_seconds,
         "prompt_tokens": prompt.shape[1],
-        "tokens": tokens,
+        "tokens": decoded,
         "tokens_per_second": {c.name: c.speeds(prompt.shape[1]) for c in candidates},
         "memory": memory,
         "layers": found,
-        "notes": [BREAK_EVEN_NOTE] if found else [],
+        "notes": [note for note in (cache_note(found), BREAK_EVEN_NOTE) if note and found],
     }
 
 
-def _prompt(model: Any) -> torch.Tensor:
-    """Token numbers [1, n] that every model of a vocabulary knows."""
-    text = model.config.get_text_config()
-    vocabulary = getattr(text, "vocab_size", None)
-    if vocabulary is None:
-        raise InputError(
-            f"{type(model).__name__} takes no tokens", hint="bench runs models of text"
-        )
-    longest = getattr(text, "max_position_embeddings", None) or 2 * PREFILL
-    length = max(1, min(PREFILL, longest // 2))
-    numbers: torch.Tensor = torch.arange(length) * 7919 % int(vocabulary)
+def _prompt(models: list[Any], tokens: int) -> torch.Tensor:
+    """Token numbers [1, n] that every model knows, so many that `tokens` more have positions."""
+    length, vocabulary = PREFILL, None
+    for model in models:
+        text = model.config.get_text_config()
+        size = getattr(text, "vocab_size", None)
+        if size is None:
+            raise InputError(
+                f"{type(model).__name__} takes no tokens", hint="bench runs models of text"
+            )
+        vocabulary = min(size, vocabulary or size)
+        longest = getattr(text, "max_position_embeddings", None)
+        if not longest:
+            continue
+        room = longest - (WARM_UP + tokens if tokens else 0)
+        if room < 1:
+            most = longest - WARM_UP - 1
+            raise UsageError(
+                f"tokens must be {most} or fewer, not {tokens}: {type(model).__name__} here has"
+                f" {longest} positions, the prompt takes one and {WARM_UP} tokens warm up",
+                hint=f"use --tokens {most}" if most >= ROUNDS else "it is too small for bench",
+            )
+        length = min(length, max(1, longest // 2), room)
+    numbers: torch.Tensor = torch.arange(length) * 7919 % int(vocabulary or 1)
     return numbers[None]
 
 
 def _measure(candidates: list[Candidate], prompt: torch.Tensor, tokens: int) -> None:
+    """Prompts and `tokens` decoded tokens of each candidate, shared out over the rounds."""
     for round_ in range(ROUNDS):
         for candidate in candidates:
             _use(candidate)
@@ -124,7 +140,7 @@ def _measure(candidates: list[Candidate], prompt: torch.Tensor, tokens: int) -> 
                 candidate.cache, candidate.token = result.past_key_values, prompt[:, -1:]
                 _decode(candidate, WARM_UP)
                 candidate.steps.clear()
-            _decode(candidate, tokens // ROUNDS)
+            _decode(candidate, tokens * (round_ + 1) // ROUNDS - tokens * round_ // ROUNDS)
 
 
 def _use(candidate: Candidate) -> None:

@@ -34,7 +34,7 @@ def generate_text(
     temperature  0 takes the likeliest token each time, otherwise tokens are drawn with `seed`
 
     Returns the text, the number of tokens, seconds and bytes. Raises UsageError for an argument,
-    InputError where `path` is not a decoder or has no tokenizer.
+    InputError where `path` is not a decoder, has no tokenizer or cannot continue the prompt.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens must be positive, not {max_new_tokens}")
@@ -61,7 +61,15 @@ def generate_text(
         raise UsageError("the prompt has no tokens", hint="give some text as --prompt")
     streamer = _Streamer(tokenizer, write or (lambda text: None))
     torch.manual_seed(seed)
-    _generate(model, tokenizer, tokens, streamer, max_new_tokens, temperature)
+    try:
+        _generate(model, tokenizer, tokens, streamer, max_new_tokens, temperature)
+    except (ValueError, IndexError) as error:
+        raise InputError(
+            f"{show(str(path))}: {type(model).__name__} cannot continue the prompt:"
+            f" {show(str(error), 200)}",
+            hint="see generation_config.json, and max_position_embeddings in config.json"
+            " for how long a text may be",
+        ) from error
     return streamer.body() | {
         "prompt_tokens": int(tokens["input_ids"].shape[1]),
         "load_seconds": load_seconds,
@@ -82,7 +90,7 @@ def summary(body: dict[str, Any]) -> str:
         f" prompt of {body['prompt_tokens']} in {body['prefill_seconds']:.2f} s;"
         f" weights {body['resident_weight_bytes'] / 1e6:,.1f} MB in memory,"
         f" {body['packed_bytes'] / 1e6:,.1f} MB on disk,"
-        f" peak memory {body['peak_memory_bytes'] / 1e6:,.0f} MB"
+        f" peak memory {body['peak_memory_bytes'] / 1e6:,.0f} MB; {body['threads']} threads"
     )
 
 
@@ -95,7 +103,7 @@ def quiet(transformers: Any) -> None:
 def _generate(
     model: Any, tokenizer: Any, tokens: Any, streamer: Any, length: int, temperature: float
 ) -> None:
-    """Greedy or drawn, by the model's own generation settings for the end of the text."""
+    """Greedy or drawn, one text; the model's own generation settings say where a text ends."""
     settings = model.generation_config
     pad = settings.pad_token_id
     if pad is None:
@@ -109,8 +117,11 @@ def _generate(
         model.generate(
             **known,
             **draw,
+            num_beams=1,  # a stream cannot take words back
+            num_return_sequences=1,
             max_new_tokens=length,
             pad_token_id=0 if pad is None else pad,
+            tokenizer=tokenizer,  # for stop strings
             streamer=streamer,
         )
 
@@ -151,9 +162,10 @@ class _Streamer:
         self._times.append(time.perf_counter())
         self._tokens += value.reshape(-1).tolist()
         text = self._text()
-        # The last word may still grow, and a broken character becomes whole with its next bytes.
+        # The last word may still grow, and with it a character of which some bytes are missing
+        # (U+FFFD at the end); one before a space is as broken as it will stay.
         end = text.rfind(" ") + 1
-        if end > self._shown and "\ufffd" not in text[self._shown : end]:
+        if end > self._shown:
             self._write(text[self._shown : end])
             self._shown = end
 
@@ -162,7 +174,10 @@ class _Streamer:
         self._write(self._text()[self._shown :])
 
     def _text(self) -> str:
-        decoded: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        # Without the clean-up, which takes back spaces that were shown.
+        decoded: str = self._tokenizer.decode(
+            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return decoded
 
     def body(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Times of single products: each shape of a model's Linear layers, beside dense and sparse ones.
 
 Every call reads another copy of its weights, 150 MB in all, so that none finds them in a cache.
+Products that share their copies take turns in them: what one has read, the other reads last.
 """
 
 from __future__ import annotations
@@ -37,19 +38,34 @@ Call = Callable[[Any], Any]
 
 
 @dataclass
+class _Copies:
+    """Copies of a weight, and which of them was read last, by whatever product."""
+
+    tensors: list[torch.Tensor]
+    place: int = -1
+
+    def next(self) -> torch.Tensor:
+        """The copy that was read longest ago."""
+        self.place = (self.place + 1) % len(self.tensors)
+        return self.tensors[self.place]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass
 class _Runner:
-    """A product, the copies of its weights and where in them it is."""
+    """A product and the copies of its weights."""
 
     call: Call
-    copies: list[Any]
-    place: int = 0
+    copies: _Copies
 
     def run(self, calls: int) -> float:
         """Seconds a call, over `calls` calls."""
         started = time.perf_counter()
         for _ in range(calls):
-            self.place = (self.place + 1) % len(self.copies)
-            self.call(self.copies[self.place])
+            self.call(self.copies.next())
         return (time.perf_counter() - started) / calls
 
 
@@ -85,10 +101,21 @@ def _time_layer(
         "count": len(modules),
         "bits": bits,
         "bytes": modules[0].packed.numel(),
-        "rotated_bytes": {n: sum(c.nbytes for c in r.copies) for n, r in runners.items()},
+        "rotated_bytes": {name: runner.copies.nbytes for name, runner in runners.items()},
         "milliseconds": {name: 1e3 * seconds for name, seconds in times.items()},
         "break_even": break_even(times),
     }
+
+
+def cache_note(layers: list[dict[str, Any]]) -> str | None:
+    """What to say where copies hold less than ROTATED bytes: a cache may keep them."""
+    least = min((min(layer["rotated_bytes"].values()) for layer in layers), default=ROTATED)
+    if least >= ROTATED:
+        return None
+    return (
+        f"Some products rotate through {least / 1e6:,.1f} MB of weights only ({MOST_COPIES}"
+        f" copies), not {ROTATED / 1e6:,.0f} MB: a cache may hold them, times may be too short."
+    )
 
 
 def _packed_call(x: torch.Tensor, rows: int, precision: str) -> Call:
@@ -113,11 +140,12 @@ def _add_others(runners: dict[str, _Runner], x: torch.Tensor, rows: int, columns
         runners[f"sparse {percent}"] = _Runner(_packed_call(x, rows, "exact"), _rotated([packed]))
 
 
-def _rotated(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors and copies of them: ROTATED bytes, as far as that many copies are sensible."""
+def _rotated(tensors: list[torch.Tensor]) -> _Copies:
+    """The tensors and copies of them: ROTATED bytes, but MOST_COPIES at most."""
     wanted = min(MOST_COPIES, -(-ROTATED // max(1, tensors[0].nbytes)))
-    return [tensors[i] if i < len(tensors) else tensors[i % len(tensors)].clone()
-            for i in range(max(wanted, 1))]  # fmt: skip
+    copies = [tensors[i] if i < len(tensors) else tensors[i % len(tensors)].clone()
+              for i in range(max(wanted, 1))]  # fmt: skip
+    return _Copies(copies)
 
 
 def _medians(runners: dict[str, _Runner]) -> dict[str, float]:
@@ -125,7 +153,7 @@ def _medians(runners: dict[str, _Runner]) -> dict[str, float]:
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for turn in range(ROUNDS + 1):
         for name, runner in runners.items():
-            found = runner.run(min(len(runner.copies), CALLS))
+            found = runner.run(min(len(runner.copies.tensors), CALLS))
             if turn:
                 seconds[name].append(found)
     return {name: statistics.median(values) for name, values in seconds.items()}

@@ -88,8 +88,8 @@ def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     config = checkpoint.config or {}
     stored = next(iter(checkpoint.rounded.values()), None)
     for name in (stored, config.get("dtype"), config.get("torch_dtype")):
-        if name in DTYPES:
-            return DTYPES[str(name)]
+        if isinstance(name, str) and name in DTYPES:
+            return DTYPES[name]
     found = (DTYPES.get(info.dtype) for info in checkpoint.infos())
     return next((dtype for dtype in found if dtype is not None), torch.float32)
 
@@ -161,7 +161,7 @@ class _Loader:
             if bias not in buffers:
                 values = None if bias is None else self._read_bias(bias)
                 buffers[bias] = torch.from_numpy(pack_tensor(weights, values))
-            slot.replace(CompressedLinear(buffers[bias], self.precision))
+            slot.replace(CompressedLinear(buffers[bias], self.precision, slot.own.dtype))
         for slot in places:
             if slot.kind is nn.Embedding:
                 packed = next(iter(buffers.values()), None)

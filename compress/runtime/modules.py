@@ -16,21 +16,27 @@ _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
 class _Packed(nn.Module):
-    """What both have in common: the buffer, and a `weight` that has a shape but no values."""
+    """What both have in common: the buffer, and a `weight` of shape and dtype, without values."""
 
     packed: Tensor
+    like: Tensor
 
-    def __init__(self, packed: Tensor) -> None:
+    def __init__(self, packed: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         if packed.device.type != "cpu" or packed.dtype != torch.uint8:
             raise TypeError(f"packed must be uint8 on the CPU, not {packed.dtype} {packed.device}")
         self._shape = products.linear_shape(packed.numpy())
         self.register_buffer("packed", packed)
+        # An empty buffer follows `model.to(dtype)` as other weights do.
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """An empty stand-in on the meta device, for code that asks for shape or dtype only."""
-        return torch.empty(self._shape, device="meta")
+        """An empty stand-in on the meta device, for code that asks for shape or dtype only.
+
+        Its dtype is the model's, since some models cast activations to it.
+        """
+        return torch.empty(self._shape, dtype=self.like.dtype, device="meta")
 
 
 class CompressedLinear(_Packed):
@@ -39,14 +45,17 @@ class CompressedLinear(_Packed):
     packed     uint8 [bytes], of `compress.kernels.packing.pack_linear`, bias included
     precision  "exact" (activations as 16-bit integers) or "fast" (8-bit); see
                compress/kernels/products.py
+    dtype      what `weight.dtype` says; products take any of the three below
 
     `forward` takes float32, float16 or bfloat16 [..., in_features] and returns the same dtype. For
     inference only: x that requires a gradient is refused. Raises ValueError for a wrong precision
     or a buffer that is no packed matrix.
     """
 
-    def __init__(self, packed: Tensor, precision: str = "exact") -> None:
-        super().__init__(packed)
+    def __init__(
+        self, packed: Tensor, precision: str = "exact", dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(packed, dtype)
         products.check_options(precision, 1)
         self.out_features, self.in_features = self._shape
         self.precision = precision
@@ -80,13 +89,9 @@ class CompressedLinear(_Packed):
 class CompressedEmbedding(_Packed):
     """Rows of a packed table, decoded when they are asked for, in the dtype of `like`."""
 
-    like: Tensor
-
     def __init__(self, packed: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(packed)
+        super().__init__(packed, dtype)
         self.num_embeddings, self.embedding_dim = self._shape
-        # An empty buffer follows `model.to(dtype)` as other weights do.
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, indices: Tensor) -> Tensor:
         """Integers [...] -> [..., embedding_dim]. Raises IndexError for a row that is not there."""
@@ -118,8 +123,8 @@ class DenseLinear(nn.Module):
         """x [..., in_features] -> [..., out_features] in x's dtype."""
         if not x.is_cpu or x.requires_grad:
             return nn.functional.linear(x, self.weight, self.bias)
-        result: Tensor = ops.dense_linear(x, self.weight)
-        return result if self.bias is None else result + self.bias
+        result: Tensor = ops.dense_linear(x, self.weight, self.bias)
+        return result
 
     def extra_repr(self) -> str:
         """What printing the module shows."""

@@ -7,6 +7,7 @@ torch.export take them as one opaque node. They run on the CPU and know no gradi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,16 +53,17 @@ def _linear(x: Tensor, packed: Tensor, out_features: int, precision: str) -> Ten
         _checked_linear(x, packed, y, precision)
         return y
     if y.numel():
+        batch = y.numel() // out_features
         # The module checks every size against the buffer's own words.
         native.linear(
             packed.numpy(),
             _bytes(x),
             kind,
-            x.numel() // x.shape[-1],
+            batch,
             _bytes(y),
             kind,
             precision == "exact",
-            _threads(packed.numel() * y.numel() // out_features),
+            _threads(packed.numel() * batch),
         )
     return y
 
@@ -75,22 +77,34 @@ def _checked_linear(x: Tensor, packed: Tensor, y: Tensor, precision: str) -> Non
     """The same through the wrapper that names what is wrong, or the numpy reference."""
     if x.dtype not in KINDS:
         raise TypeError(f"x must be float32, float16 or bfloat16, not {x.dtype}")
+    batch = math.prod(x.shape[:-1])
     products.linear(
-        numpy_view(x.reshape(-1, x.shape[-1])),
+        numpy_view(x.reshape(batch, x.shape[-1])),
         packed.numpy(),
-        numpy_view(y.view(-1, y.shape[-1])),
+        numpy_view(y.view(batch, y.shape[-1])),
         precision=precision,
         threads=torch.get_num_threads(),
     )
 
 
-def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in_features] times a plain weight [out_features, in_features] of 16 bits."""
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in_features] times a plain weight [out_features, in_features] of 16 bits, + bias.
+
+    A bias is added in float32, so that the result is rounded to x's dtype once.
+    """
     x, weight = x.contiguous(), weight.contiguous()
     batch = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if not batch or batch > _DENSE_BATCH or x.dtype not in KINDS or weight.dtype not in KINDS:
-        return torch.nn.functional.linear(x, weight.to(x.dtype))
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+        own = None if bias is None else bias.to(x.dtype)
+        return torch.nn.functional.linear(x, weight.to(x.dtype), own)
+    dtype = x.dtype if bias is None else torch.float32
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
+    _multiply_dense(x, weight, y, batch)
+    return y if bias is None else y.add_(bias).to(x.dtype)
+
+
+def _multiply_dense(x: Tensor, weight: Tensor, y: Tensor, batch: int) -> None:
+    """Fill y by the kernel, or by the numpy reference."""
     threads = _threads(weight.nbytes * batch)
     native = dispatch.current().native
     if native is None:
@@ -100,21 +114,19 @@ def _dense_linear(x: Tensor, weight: Tensor) -> Tensor:
             numpy_view(y.view(batch, weight.shape[0])),
             threads=threads,
         )
-        return y
-    kind = KINDS[x.dtype]
+        return
     native.dense_linear(
         _bytes(weight),
         KINDS[weight.dtype],
         weight.shape[0],
         weight.shape[1],
         _bytes(x),
-        kind,
+        KINDS[x.dtype],
         batch,
         _bytes(y),
-        kind,
+        KINDS[y.dtype],
         threads,
     )
-    return y
 
 
 def _embedding(indices: Tensor, packed: Tensor, embedding_dim: int, dtype: torch.dtype) -> Tensor:
@@ -133,7 +145,7 @@ def _fake_linear(x: Tensor, packed: Tensor, out_features: int, precision: str) -
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _fake_dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+def _fake_dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -166,5 +178,8 @@ embedding = _define(
     _fake_embedding,
 )
 dense_linear = _define(
-    "dense_linear", "(Tensor x, Tensor weight) -> Tensor", _dense_linear, _fake_dense_linear
+    "dense_linear",
+    "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
+    _dense_linear,
+    _fake_dense_linear,
 )
