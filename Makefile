@@ -69,7 +69,7 @@ asan: .venv/installed
 
 tsan: .venv/installed
 	$(call sanitizer_build,thread)
-	OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS=halt_on_error=1 setarch -R env $(call sanitized,libtsan.so)
+	OPENBLAS_NUM_THREADS=1 TSAN_OPTIONS="halt_on_error=1 die_after_fork=0" setarch -R env $(call sanitized,libtsan.so)
 
 cross: .venv/installed
 	COMPRESS_CROSS=1 $(BIN)/python -m pytest -s tests/test_cross_isa.py
