@@ -117,14 +117,14 @@ def round_activations(x: F32, top: int) -> Rounded:
     """x float32 [batch, block], each row with a scale of its own.
 
     The largest entries of a row, up to four, are massive where the last of them is more than 4
-    times as large as the next. Rows with a NaN or an infinity get a NaN scale.
+    times as large as the next, which is not zero. Rows with a NaN or an infinity get a NaN scale.
     """
     magnitudes = np.abs(x)
     finite = np.isfinite(magnitudes).all(axis=1)
     order = np.argsort(-magnitudes, axis=1, kind="stable")[:, : MOST_MASSIVE + 1]
     falling = np.zeros((x.shape[0], MOST_MASSIVE + 1), np.float32)
     falling[:, : order.shape[1]] = np.take_along_axis(magnitudes, order, axis=1)
-    gaps = falling[:, :-1] > MASSIVE * falling[:, 1:]
+    gaps = (falling[:, 1:] > 0) & (falling[:, :-1] > MASSIVE * falling[:, 1:])
     count = np.where(gaps, np.arange(1, MOST_MASSIVE + 1), 0).max(axis=1)
     count[~finite | ~(falling[:, 0] >= SMALLEST)] = 0
     massive = np.zeros_like(x)

@@ -71,8 +71,8 @@ constexpr float kMassive = 4.0f;  // times the next largest of the block
 constexpr int kMostMassive = 4;   // of a block
 
 // The massive entries of a block: its largest ones, where the last of them is more than kMassive
-// times as large as the next. Returns how many; `places` are in order, `next` is the largest of the
-// others. `lanes` are the largest magnitudes of the lanes.
+// times as large as the next, which is not zero. Returns how many; `places` are in order, `next` is
+// the largest of the others. `lanes` are the largest magnitudes of the lanes.
 static int find_massive(const float* x, size_t length, float largest, const uint32_t* lanes,
                         uint32_t* places, float* next) {
   int near = 0;
@@ -97,7 +97,7 @@ static int find_massive(const float* x, size_t length, float largest, const uint
   }
   int count = 0;
   for (int k = 1; k <= kMostMassive; ++k) {
-    if (top[k - 1] > kMassive * top[k]) count = k;
+    if (top[k] > 0 && top[k - 1] > kMassive * top[k]) count = k;
   }
   *next = top[count];
   for (int i = 0; i < count; ++i) {
