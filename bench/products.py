@@ -2,10 +2,10 @@
 
     python bench/products.py [--shape 4096x14336] [--batch 1,32,512] [--threads 1,2] [--json FILE]
 
-Every candidate runs once a round, in one process; a round goes through at least 150 MB of distinct
+Every candidate has a turn a round, in one process; a round goes through at least 150 MB of distinct
 weights, so that none waits in a cache; medians of the rounds are compared. onnxruntime's weights
-are distinct, too (it merges equal ones), it spins between calls as it does by default, and both
-sides round their activations inside the time. torch runs in a process of its own, behind the rest:
+are distinct, too (it merges equal ones), its threads spin as they do by default, and both sides
+round their activations inside the time. torch runs in a process of its own, behind the rest:
 its threads would share the processors with ours.
 """
 
@@ -33,13 +33,13 @@ from compress.tensor import Codes
 
 GROUP = 128
 ROTATED = 150e6  # bytes of weights
-PAUSE = 0.1  # seconds
+SETTLED = 0.08  # seconds
 TITLE = "Products with codes"
 Call = Callable[[], object]
 
 
 def rounds_of(batch: int) -> int:
-    return 15 if batch == 1 else 5 if batch < 100 else 3
+    return 12 if batch == 1 else 6 if batch < 100 else 4
 
 
 class Weights:
@@ -104,18 +104,24 @@ class Weights:
 def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, float]:
     """Median seconds of each call, one warm-up round.
 
-    Before each, idle threads get the time to fall asleep: onnxruntime's spin for milliseconds after
-    a call and would hold a processor that the next candidate needs.
+    In its turn a short call runs for a while before it counts, and then for as long: the threads
+    of the candidate before spin for milliseconds, and a scheduler takes as long to put a thread
+    that it woke on a processor of its own.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
-            time.sleep(PAUSE)
+            repeats = 1
+            if seconds[name] and seconds[name][0] < SETTLED:
+                repeats = int(SETTLED / seconds[name][0]) + 1
+                for _ in range(repeats):
+                    call()
             started = time.perf_counter()
-            call()
+            for _ in range(repeats):
+                call()
             if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append((time.perf_counter() - started) / repeats)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def product_error(weights: Weights, x: np.ndarray, precision: str) -> float:
