@@ -12,22 +12,26 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress import formats, layout, patterns, roles, tiles
 from compress.buffers import BufferPool
+from compress.calibrate.statistics import missing_kinds
 from compress.checkpoint import Checkpoint
 from compress.checkpoint import config as model_config
 from compress.checkpoint.writer import nbytes_of
 from compress.errors import ResourceError, UsageError, show
 from compress.formats.base import Entry, Format
-from compress.passes.base import NAMED_ROLES, Pass, Terms
+from compress.passes.base import NAMED_ROLES, Context, Pass, Terms
 from compress.recipe import Output, Recipe
 from compress.tensor import Role, TensorInfo
 from compress.tiles import TensorPlan
 
+if TYPE_CHECKING:
+    from compress.calibrate.statistics import Statistics, TensorStatistics
+
 # The order in which terms are written; outliers are found on the dense model, before anything.
-_STAGES = {"outliers": 0, "mask": 1, "codes": 2, "factors": 3}
+_STAGES = {"outliers": 0, "mask": 1, "codes": 2, "factors": 3, "values": 4}
 _CAST_TAGS = {"bf16": "BF16", "fp16": "F16"}
 DEFAULT_MEMORY = 1 << 30
 # Python with the libraries a data-free run imports, and what its allocator keeps (measured).
@@ -45,6 +49,7 @@ class Options:
     jobs: int = 0
     memory: int = DEFAULT_MEMORY
     max_shard_bytes: int = layout.MAX_SHARD_BYTES
+    module: str | None = None  # FILE.py:FACTORY of a user's own torch module
 
     @property
     def workers(self) -> int:
@@ -70,6 +75,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     tile_bytes: int = field(default=tiles.TILE_BYTES)
+    statistics: Statistics | None = None
 
     @cached_property
     def buffers(self) -> BufferPool:
@@ -85,9 +91,13 @@ class Plan:
         """The passes that work on a tensor, bound to it."""
         bound: list[Pass] = []
         for index in tensor.steps:
-            alone = self.format.base_stands_alone
-            bound.append(self.passes[index].bind(tensor.info, bound, base_stands_alone=alone))
+            context = Context(self.format.base_stands_alone, self.statistics_of(tensor.info))
+            bound.append(self.passes[index].bind(tensor.info, bound, context))
         return bound
+
+    def statistics_of(self, info: TensorInfo) -> TensorStatistics | None:
+        """What calibration knows of a tensor, None without a calibration."""
+        return None if self.statistics is None else self.statistics.of(info)
 
     @property
     def exact(self) -> bool:
@@ -209,8 +219,19 @@ class Plan:
         )
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Plan:
-    """Resolve targets, order, terms, format and sizes. Raises UsageError or InputError."""
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: Options,
+    statistics: Statistics | None = None,
+    *,
+    calibrated: bool = False,
+) -> Plan:
+    """Resolve targets, order, terms, format and sizes. Raises UsageError or InputError.
+
+    `statistics` are of a calibration that was made; `calibrated`: one will be made before the
+    work (a plan for `compress calibrate`), so that what passes need is not missed.
+    """
     infos = checkpoint.infos()
     roles.refuse_scaled_fp8(infos)
     output = Output(
@@ -235,7 +256,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, options: Options) -> Plan:
         tensors=tuple(TensorPlan(i) for i in infos),
         notes=tuple(notes),
         warnings=tuple(checkpoint.warnings),
+        statistics=statistics,
     )
+    if not calibrated:
+        _require_statistics(draft)
     draft = replace(draft, tensors=_tensor_plans(draft, passes))
     _refuse_idle_factors(draft)
     fmt, reason = _choose_format(draft, output.format)
@@ -317,6 +341,27 @@ def _targets(one: Pass, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
             hint="name some with targets=, or see `compress inspect`",
         )
     return chosen
+
+
+def _require_statistics(plan: Plan) -> None:
+    """Refuse passes whose statistics are missing, as a whole or for one tensor."""
+    for one, chosen in zip(plan.passes, plan.members, strict=True):
+        if not one.needs:
+            continue
+        if plan.statistics is None:
+            raise UsageError(
+                f"{one.name}: needs statistics of the model's inputs"
+                f" ({', '.join(sorted(one.needs))})",
+                hint="give --text F (or --ids, --images) to calibrate on the way, or --stats F from"
+                " compress calibrate",
+            )
+        for info in chosen:
+            if missing := missing_kinds(plan.statistics.of(info), one.needs):
+                raise UsageError(
+                    f"{one.name}: tensor {show(info.name)}: no {missing[0]} was collected for it",
+                    hint="calibrate again with --for and this recipe; where calibration does not"
+                    " reach the tensor, leave it out with ignore",
+                )
 
 
 def _one_writer_a_term(passes: Sequence[Pass], members: Sequence[Sequence[TensorInfo]]) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from compress.parallel import map_tiles
-from compress.passes.base import Pass
+from compress.passes.base import Outlook, Pass
 from compress.plan import Plan
 from compress.tiles import TensorPlan, Tile, read_tile, survey_tiles
+from compress.trial import TrialCheckpoint
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
@@ -37,23 +38,43 @@ def _sweep(plan: Plan, index: int, progress: Progress) -> Pass:
         tensor = read_tile(plan.checkpoint, tile, buffer)
         for earlier in _before(plan, tile.tensor, index):
             tensor = earlier.apply(tensor)
-        statistic = one.survey(tensor)
+        statistic = _bound(plan, tile.tensor, index).survey(tensor)
         plan.buffers.give(buffer)  # a statistic is made of sums, never of the weights themselves
         return statistic
 
     total = sum(t.info.nbytes for t in chosen)
     done = 0
     merged: Any = None
-    tiles = [tile for t in chosen for tile in survey_tiles(t, plan.tile_bytes)]
+    tiles = [
+        tile
+        for t in chosen
+        for tile in survey_tiles(t, plan.tile_bytes, whole=one.surveys_whole(t.info))
+    ]
     for tile, statistic in map_tiles(
         work, tiles, workers=plan.options.workers, memory=plan.options.memory
     ):
         merged = statistic if merged is None else one.merge(merged, statistic)
         done += tile.cost // 2
         progress(f"{one.name}: survey", min(done, total), total)
-    return one.decide(merged, infos)
+    return one.foresee(_outlook(plan, index)).decide(merged, infos)
+
+
+def _outlook(plan: Plan, index: int) -> Outlook:
+    """What pass `index` may ask about the run."""
+    return Outlook(
+        source=plan.checkpoint,
+        output_bytes=lambda made: plan.decided(index, made).bytes_range[1],
+        trial=lambda made: TrialCheckpoint(plan.decided(index, made), last=index),
+        statistics=plan.statistics,
+        module=plan.options.module,
+        workers=plan.options.workers,
+    )
 
 
 def _before(plan: Plan, tensor: TensorPlan, index: int) -> list[Pass]:
     bound = plan.bound(tensor)
     return [p for step, p in zip(tensor.steps, bound, strict=True) if step < index]
+
+
+def _bound(plan: Plan, tensor: TensorPlan, index: int) -> Pass:
+    return plan.bound(tensor)[tensor.steps.index(index)]

@@ -210,6 +210,7 @@ class Tensor:
 
     source  [rows, columns] in the source's dtype, never changed
     mask    bool [rows, columns], True = kept; None = all kept
+    values  [rows, columns] in the source's dtype: a vector that was estimated anew
     """
 
     info: TensorInfo
@@ -219,6 +220,7 @@ class Tensor:
     codes: Codes | None = None
     factors: Factors | None = None
     outliers: Outliers | None = None
+    values: Array | None = None  # stands for the source where no other term is written
     notes: dict[str, float] = field(default_factory=dict)  # measured on the way, for the report
 
     @property
@@ -245,7 +247,7 @@ class Tensor:
         if self.codes is not None:
             matrix = self.codes.dequantize()  # pruned entries carry the code of zero already
         else:
-            matrix = self.source.astype(np.float32)
+            matrix = (self.source if self.values is None else self.values).astype(np.float32)
             if self.mask is not None:
                 matrix = masked(matrix, self.mask)
         if self.factors is not None:

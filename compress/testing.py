@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from compress.passes.base import Pass, Terms, option_fields
+from compress.passes.base import Context, Pass, Terms, option_fields
 from compress.tensor import Array, Codes, Factors, Outliers, Role, Tensor, TensorInfo
 
 TERMS = {"mask": "mask", "codes": "codes", "factors": "factors", "outliers": "outliers"}
@@ -112,7 +112,7 @@ def run_pass(
     decided = decide(pass_, tensors, tile_rows)
     results = []
     for tensor in tensors:
-        bound = decided.bind(tensor.info, (), base_stands_alone=False)
+        bound = decided.bind(tensor.info, (), Context())
         rows = tile_rows if bound.row_wise(tensor.info) else None
         results.append(join([bound.apply(tile) for tile in tiles_of(tensor, rows)]))
     return decided, results
@@ -259,7 +259,7 @@ def _predictions(pass_: Pass, tensors: Sequence[Tensor]) -> list[Terms]:
             count = int(carried.rows.size)
             columns = int(np.unique(carried.columns).size)
             start = Terms(outliers=(count, count), outlier_columns=(columns, columns))
-        bound = pass_.bind(tensor.info, (), base_stands_alone=False)
+        bound = pass_.bind(tensor.info, (), Context())
         found.append(bound.predict(tensor.info, start))
     return found
 

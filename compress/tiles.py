@@ -59,12 +59,14 @@ def cut(tensor: TensorPlan, passes: Sequence[Pass], tile_bytes: int = TILE_BYTES
     return [Tile(tensor, a, b, False, _cost(tensor, b - a)) for a, b in bounds]
 
 
-def survey_tiles(tensor: TensorPlan, tile_bytes: int = TILE_BYTES) -> list[Tile]:
-    """Row tiles for a survey, which is row-wise for every pass (Conv1D is transposed whole)."""
+def survey_tiles(
+    tensor: TensorPlan, tile_bytes: int = TILE_BYTES, *, whole: bool = False
+) -> list[Tile]:
+    """Row tiles for a survey, one where the pass must see the tensor whole (or transposed)."""
     info = tensor.info
     rows, columns = info.matrix_shape
     row_bytes = max(1, columns * DTYPES[info.dtype].itemsize)
-    step = rows if info.role is Role.CONV1D else max(1, tile_bytes // row_bytes)
+    step = rows if whole or info.role is Role.CONV1D else max(1, tile_bytes // row_bytes)
     bounds = [(r, min(r + step, rows)) for r in range(0, rows, max(1, step))] or [(0, 0)]
     return [Tile(tensor, a, b, False, 2 * (b - a) * row_bytes) for a, b in bounds]
 

@@ -101,12 +101,26 @@ def _untouched(plan: Plan, tile: Tile) -> Packed:
     raw = buffer[: tile.stop - tile.start]
     if raw.size:
         plan.checkpoint.read_into(info, tile.start, raw.data)
+    if tile.tensor.terms.values:
+        plan.buffers.give(buffer)
+        return Packed({}, raw=_estimated(plan, tile), sums=Sums(nonzeros=info.size))
     if tile.tensor.cast is None:
         return Packed({}, raw=raw, buffer=buffer)
     sums = Sums(nonzeros=raw.size // DTYPES[info.dtype].itemsize)
     narrow = _cast(raw.view(DTYPES[info.dtype]), tile, sums)
     plan.buffers.give(buffer)
     return Packed({}, raw=narrow.view(np.uint8), sums=sums)
+
+
+def _estimated(plan: Plan, tile: Tile) -> Buffer:
+    """The tile's bytes of a vector with the values that a pass gave it."""
+    info = tile.tensor.info
+    tensor = Tensor(info, info.to_matrix(plan.checkpoint.read(info)))
+    for one in plan.bound(tile.tensor):
+        tensor = one.apply(tensor)
+    values = tensor.source if tensor.values is None else tensor.values
+    flat = np.ascontiguousarray(values, DTYPES[info.dtype]).reshape(-1).view(np.uint8)
+    return flat[tile.start : tile.stop]
 
 
 def _cast(values: Array, tile: Tile, sums: Sums) -> Array:

@@ -21,7 +21,7 @@ from compress.errors import InputError, UsageError
 from compress.formats import metadata
 from compress.formats.base import Entry
 from compress.output import is_compressed, open_any, open_output
-from compress.passes.base import CodesSpec, Terms
+from compress.passes.base import CodesSpec, Context, Terms
 from compress.passes.low_rank import BASE_STANDS
 from compress.passes.quantize import Quantize
 from compress.passes.super_weights import SuperWeights
@@ -153,8 +153,9 @@ def test_super_weights_of_a_bound_pass_go_through_the_quantizer() -> None:
     )
     errors = {}
     for alone in (False, True):
-        bound = protect.bind(tensor.info, (), base_stands_alone=alone)
-        quantize = Quantize(bits=4, group=32).bind(tensor.info, [bound], base_stands_alone=alone)
+        context = Context(base_stands_alone=alone)
+        bound = protect.bind(tensor.info, (), context)
+        quantize = Quantize(bits=4, group=32).bind(tensor.info, [bound], context)
         made = quantize.apply(bound.apply(tensor))
         assert made.codes is not None and made.outliers is not None
         assert made.outliers.in_scale is alone

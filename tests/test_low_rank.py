@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compress.errors import InputError, UsageError
-from compress.passes.base import Terms, option_fields
+from compress.passes.base import Context, Terms, option_fields
 from compress.passes.low_rank import (
     ALTERNATE_ROUNDS,
     ALTERNATE_WEIGHTS,
@@ -178,14 +178,14 @@ def test_binding_hands_over_the_quantizer_that_wrote_the_codes() -> None:
     t = tensor(weights())
     mixed = Quantize(bits=4, group=32, overrides=({"targets": ["layer"], "bits": 2},))
     options = LowRank(rank=4, alternate=1)
-    bound = options.bind(t.info, [mixed], base_stands_alone=True)
+    bound = options.bind(t.info, [mixed], Context(base_stands_alone=True))
     assert isinstance(bound, LowRank)
     assert bound.base_must_stand
     done = bound.apply(mixed.apply(t))
     assert done.codes is not None
     assert done.codes.bits == 2
     assert done.notes[ALTERNATE_ROUNDS] == 1
-    assert options.bind(t.info, [], base_stands_alone=False) == options
+    assert options.bind(t.info, [], Context()) == options
 
 
 def test_fused_experts_are_decomposed_one_by_one() -> None:

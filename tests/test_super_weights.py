@@ -11,7 +11,7 @@ import pytest
 
 from compress.errors import InputError, UsageError
 from compress.passes import published_super_weights
-from compress.passes.base import Terms
+from compress.passes.base import Context, Terms
 from compress.passes.prune import Prune
 from compress.passes.published_super_weights import PUBLISHED, Published, candidates
 from compress.passes.super_weights import Entry, SuperWeights
@@ -320,7 +320,7 @@ def test_outliers_carry_exact_values_and_survive_pruning() -> None:
     assert protected.info.name == "model.layers.1.mlp.down_proj.weight"
     assert not decided.row_wise(protected.info)
     assert not protected.outliers.in_scale if protected.outliers else False
-    bound = decided.bind(protected.info, (), base_stands_alone=True)
+    bound = decided.bind(protected.info, (), Context(base_stands_alone=True))
     again = bound.apply(protected.with_(outliers=None)).outliers
     assert again is not None
     assert again.in_scale

@@ -59,7 +59,7 @@ def plain(tensor: Tensor) -> Array:
     """
     dtype = DTYPES[tensor.info.dtype]
     if tensor.codes is None and tensor.factors is None:
-        matrix = tensor.source
+        matrix = tensor.source if tensor.values is None else tensor.values
         if tensor.mask is not None:
             matrix = masked(matrix, tensor.mask)
         if tensor.outliers is not None and tensor.outliers.rows.size:

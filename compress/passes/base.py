@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.errors import UsageError
 from compress.tensor import Role, Tensor, TensorInfo
+
+if TYPE_CHECKING:
+    from compress.calibrate.statistics import Statistics, TensorStatistics
+    from compress.checkpoint import Checkpoint
 
 # Roles that every pass works on unless told otherwise.
 WEIGHT_ROLES = frozenset({Role.LINEAR, Role.CONV, Role.CONV1D, Role.EXPERTS})
@@ -66,11 +70,12 @@ class Terms:
     factor_dtype: str = "F16"
     outliers: tuple[int, int] = (0, 0)
     outlier_columns: tuple[int, int] = (0, 0)
+    values: bool = False  # other values in the tensor's own dtype and shape, stored as it was
     passes: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
-        """Whether the stored weight changes at all; outliers alone leave it as it is."""
+        """Whether the weight is stored as other arrays; outliers alone leave it as it is."""
         return self.nonzeros is not None or self.codes is not None or self.rank > 0
 
     @property
@@ -93,12 +98,44 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class Context:
+    """What a pass may know of the place it works in.
+
+    base_stands_alone  the format lets engines run the codes without factors and outliers
+    statistics         of the tensor's inputs, where there was a calibration
+    """
+
+    base_stands_alone: bool = False
+    statistics: TensorStatistics | None = None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a pass with a global decision may ask about the whole run before it decides.
+
+    source        the checkpoint that is compressed
+    output_bytes  the output's bytes, at most, were this (decided) pass in its place
+    trial         a checkpoint whose weights are what this (decided) pass and those before it
+                  make of them; compress.engines runs either as a model
+    statistics    of the calibration, with its inputs, where there was one
+    module        FILE.py:FACTORY of a user's own torch module, where that is the model
+    workers       threads to use
+    """
+
+    source: Checkpoint
+    output_bytes: Callable[[Pass], int]
+    trial: Callable[[Pass], Checkpoint]
+    statistics: Statistics | None = None
+    module: str | None = None
+    workers: int = 1
+
+
+@dataclass(frozen=True)
 class Pass(ABC):
     """Base of every pass. Subclasses are frozen dataclasses too; fields come from `option`."""
 
     name: ClassVar[str]  # as typed: "prune"
-    writes: ClassVar[str]  # the one term: "mask", "codes", "factors" or "outliers"
-    needs: ClassVar[frozenset[str]] = frozenset()  # calibration statistics; empty = data-free
+    writes: ClassVar[str]  # the one term: "mask", "codes", "factors", "outliers" or "values"
     roles: ClassVar[frozenset[Role]] = WEIGHT_ROLES
 
     targets: tuple[str, ...] = option(
@@ -122,11 +159,18 @@ class Pass(ABC):
     def predict(self, info: TensorInfo, terms: Terms) -> Terms:
         """The terms after this pass, from the header alone or, once decided, exactly."""
 
-    def bind(self, info: TensorInfo, earlier: Sequence[Pass], *, base_stands_alone: bool) -> Pass:
-        """The pass as it works on one tensor, after the passes `earlier` that work on it too.
+    @property
+    def needs(self) -> frozenset[str]:
+        """Kinds of calibration statistics this pass cannot do without; empty = data-free."""
+        return frozenset()
 
-        `base_stands_alone`: the format lets engines run the codes without factors and outliers.
-        """
+    @property
+    def welcomes(self) -> frozenset[str]:
+        """Kinds that it makes use of where there is a calibration anyway."""
+        return frozenset()
+
+    def bind(self, info: TensorInfo, earlier: Sequence[Pass], context: Context) -> Pass:
+        """The pass as it works on one tensor, after the passes `earlier` that work on it too."""
         return self
 
     def row_wise(self, info: TensorInfo) -> bool:
@@ -142,8 +186,15 @@ class Pass(ABC):
         """Whether the next sweep has to read this target; the others are not passed to `survey`."""
         return True
 
+    def surveys_whole(self, info: TensorInfo) -> bool:
+        """Whether the next sweep must see this target in one tile."""
+        return False
+
     def survey(self, tensor: Tensor) -> Any:
-        """A statistic of one tile; None where it tells nothing. It keeps no array of the tile."""
+        """A statistic of one tile; None where it tells nothing. It keeps no array of the tile.
+
+        It is called on the pass as bound to the tensor.
+        """
         raise TypeError(f"{self.name} makes no survey")
 
     def survey_bytes(self, infos: list[TensorInfo]) -> int:
@@ -153,6 +204,10 @@ class Pass(ABC):
     def merge(self, a: Any, b: Any) -> Any:
         """Combine two statistics; associative. Called in order of (tensor, first row)."""
         raise TypeError(f"{self.name} makes no survey")
+
+    def foresee(self, outlook: Outlook) -> Pass:
+        """The pass with what it wants to keep of the outlook; called before each `decide`."""
+        return self
 
     def decide(self, statistic: Any, infos: list[TensorInfo]) -> Pass:
         """The pass after a sweep; it may want another. `infos` are its targets in order.

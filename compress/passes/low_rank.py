@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from compress import kernels
 from compress.errors import InputError, UsageError, show
-from compress.passes.base import Pass, Terms, option, refuse
+from compress.passes.base import Context, Pass, Terms, option, refuse
 from compress.passes.quantize import SQUARED_ERROR, SQUARED_NORM, Quantize
 from compress.solvers.alternate import Places, Problem, alternate
 from compress.solvers.group_quantizer import working_dtype
@@ -92,12 +92,12 @@ class LowRank(Pass):
                 f"use rank={max(most, 1)} or less, bpw=..., or ignore",
             )
 
-    def bind(
-        self, info: TensorInfo, earlier: Sequence[Pass], *, base_stands_alone: bool
-    ) -> LowRank:
+    def bind(self, info: TensorInfo, earlier: Sequence[Pass], context: Context) -> LowRank:
         """With the quantizer that this tensor's codes come from, for `alternate`."""
         quantizer = next((p for p in reversed(earlier) if isinstance(p, Quantize)), None)
-        return dataclasses.replace(self, quantizer=quantizer, base_must_stand=base_stands_alone)
+        return dataclasses.replace(
+            self, quantizer=quantizer, base_must_stand=context.base_stands_alone
+        )
 
     def rank_of(self, info: TensorInfo) -> int:
         """The rank for one tensor; 0 where not even rank 1 costs at most bpw bits a weight."""

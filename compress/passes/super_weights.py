@@ -18,7 +18,7 @@ import numpy as np
 
 from compress import kernels
 from compress.errors import InputError, UsageError, show
-from compress.passes.base import Pass, Terms, option
+from compress.passes.base import Context, Pass, Terms, option
 from compress.passes.published_super_weights import candidates
 from compress.roles import GatedMlp, gated_mlps
 from compress.solvers import massive_columns
@@ -141,11 +141,9 @@ class SuperWeights(Pass):
             places.setdefault(name, set()).add((row, column))
         return {name: tuple(sorted(places[name])) for name in sorted(places)}
 
-    def bind(
-        self, info: TensorInfo, earlier: Sequence[Pass], *, base_stands_alone: bool
-    ) -> SuperWeights:
+    def bind(self, info: TensorInfo, earlier: Sequence[Pass], context: Context) -> SuperWeights:
         """Inside its group's scale where the base must be usable on its own."""
-        return replace(self, in_scale=base_stands_alone)
+        return replace(self, in_scale=context.base_stands_alone)
 
     def predict(self, info: TensorInfo, terms: Terms) -> Terms:
         """Bounds of the entries of a tensor; exact once decided."""

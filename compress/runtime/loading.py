@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def load(
     require_transformers()
     with open_any(path) as checkpoint:
         model = build(checkpoint.config, wanted or _own_dtype(checkpoint), str(path))
-        _Loader(checkpoint, model, precision).run()
+        WeightLoader(checkpoint, model, precision).run()
         if dense_kernels:
             use_dense_kernels(model)
         _add_generation_config(checkpoint, model)
@@ -94,10 +95,13 @@ def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return next((dtype for dtype in found if dtype is not None), torch.float32)
 
 
-class _Loader:
-    """Fills a model whose parameters are on the meta device, one stored tensor at a time."""
+class WeightLoader:
+    """Fills a model whose parameters are on the meta device, one stored tensor at a time.
 
-    def __init__(self, checkpoint: Checkpoint, model: Any, precision: str) -> None:
+    precision  of products with packed weights; None decodes every weight
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Any, precision: str | None) -> None:
         self.checkpoint, self.model, self.precision = checkpoint, model, precision
         self.slots = find_slots(model)
         self.buffers = persistent_buffers(model)
@@ -107,12 +111,20 @@ class _Loader:
     def run(self) -> None:
         """Fill every parameter and buffer that the checkpoint holds. Raises InputError."""
         for info in self.checkpoint.infos():
-            target = self.targets[info.name]
-            if target in self.buffers:
-                self._fill_buffer(info, self.buffers[target])
-            elif target in self.slots:
-                self._fill(info, self._places(info.name, target))
-        missing = [n for n, p in self.model.named_parameters() if p.is_meta]
+            self.fill(info)
+        self.require(n for n, p in self.model.named_parameters() if p.is_meta)
+
+    def fill(self, info: TensorInfo) -> None:
+        """Fill the places of one stored tensor; one that the model has no place for is left."""
+        target = self.targets[info.name]
+        if target in self.buffers:
+            self._fill_buffer(info, self.buffers[target])
+        elif target in self.slots:
+            self._fill(info, self._places(info.name, target))
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raises InputError that names the first of these parameters, which are not stored."""
+        missing = list(names)
         if missing:
             raise InputError(
                 f"{show(str(self.checkpoint.path))}: {len(missing)} weights of"
@@ -143,7 +155,11 @@ class _Loader:
 
     def _fill(self, info: TensorInfo, places: list[Slot]) -> None:
         checkpoint = self.checkpoint
-        if not isinstance(checkpoint, CompressedCheckpoint) or info.name not in checkpoint.entries:
+        if (
+            self.precision is None
+            or not isinstance(checkpoint, CompressedCheckpoint)
+            or info.name not in checkpoint.entries
+        ):
             self._fill_dense(info, checkpoint.read(info), places)
             return
         weights = checkpoint.tensor(info.name)
@@ -161,7 +177,8 @@ class _Loader:
             if bias not in buffers:
                 values = None if bias is None else self._read_bias(bias)
                 buffers[bias] = torch.from_numpy(pack_tensor(weights, values))
-            slot.replace(CompressedLinear(buffers[bias], self.precision, slot.own.dtype))
+            precision = self.precision or "exact"
+            slot.replace(CompressedLinear(buffers[bias], precision, slot.own.dtype))
         for slot in places:
             if slot.kind is nn.Embedding:
                 packed = next(iter(buffers.values()), None)

@@ -1,0 +1,300 @@
+"""The statistics file: what calibration measured, by input site, read one array at a time.
+
+A *site* is one input that several weights may read (q, k and v share theirs). The file is a
+safetensors file; its `__metadata__` holds one JSON record with the sites, the tensors of each, the
+fingerprint of the model they belong to and what the inputs were. Arrays are named
+`site/<number>/<kind>`, `tensor/<name>/<kind>` and `inputs/<name>`.
+
+Kinds of a site (T inputs of `columns` values each; `blocks` is 1 but for grouped convolutions and
+fused experts, whose rows are split into as many equal blocks, each with inputs of its own):
+
+    diagonal        float32 [blocks, columns]           mean of x_k^2
+    second_moment   float32 [blocks, columns, columns]  mean of x x^T, uncentred
+    held_out        float32 [blocks, columns, columns]  the same over inputs kept apart
+    mean            float32 [blocks, columns]           mean of x
+
+Kinds of a tensor:
+
+    output_fisher   float32 [rows]  mean of squared gradients of the model's log-likelihood, labels
+                    drawn from the model itself, with respect to each output (its Fisher diagonal)
+    peaks           float32 [n, 6]  see `compress/calibrate/peaks.py`
+
+`inputs` are what the model was given (token ids or images), kept for passes that run it again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.checkpoint import Checkpoint, open_checkpoint, strict_json
+from compress.errors import InputError, UsageError, show
+from compress.tensor import Array, TensorInfo
+
+KEY = "compress.statistics"
+VERSION = 1
+
+DIAGONAL = "diagonal"
+SECOND_MOMENT = "second_moment"
+HELD_OUT = "held_out"
+MEAN = "mean"
+OUTPUT_FISHER = "output_fisher"
+PEAKS = "peaks"
+INPUTS = "inputs"
+SITE_KINDS = frozenset({DIAGONAL, SECOND_MOMENT, HELD_OUT, MEAN})
+TENSOR_KINDS = frozenset({OUTPUT_FISHER, PEAKS})
+KINDS = SITE_KINDS | TENSOR_KINDS | {INPUTS}
+# What is at hand without being collected: a diagonal lies in its matrix.
+_IMPLIED = {DIAGONAL: SECOND_MOMENT}
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One input: the weights that read it, how many inputs were seen, in how many blocks."""
+
+    number: int
+    tensors: tuple[str, ...]
+    count: int  # of input vectors, held-out ones apart
+    held_out_count: int = 0
+    blocks: int = 1
+
+    def key(self, kind: str) -> str:
+        """The name of one of its arrays."""
+        return f"site/{self.number}/{kind}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the file says of itself.
+
+    fingerprint  of the checkpoint (`Checkpoint.sample_hash`)
+    engine       "hf", "module" or "onnx"
+    data         what was read: kind, digest, samples, tokens, settings (JSON types)
+    """
+
+    fingerprint: str
+    engine: str
+    sites: tuple[Site, ...]
+    kinds: frozenset[str]
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One line, keys in order."""
+        body = {
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "engine": self.engine,
+            "kinds": sorted(self.kinds),
+            "data": dict(self.data),
+            "sites": [
+                [s.number, list(s.tensors), s.count, s.held_out_count, s.blocks] for s in self.sites
+            ],
+        }
+        return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+
+class TensorStatistics:
+    """What calibration knows of one tensor; arrays are read when they are asked for.
+
+    Methods raise UsageError, naming tensor and kind, for what was not collected.
+    """
+
+    def __init__(self, owner: Statistics, info: TensorInfo, site: Site | None) -> None:
+        self._owner, self._info, self.site = owner, info, site
+
+    @property
+    def count(self) -> int:
+        """Input vectors behind the second moments."""
+        return self.site.count if self.site is not None else 0
+
+    def has(self, kind: str) -> bool:
+        """Whether `kind` was collected for this tensor."""
+        if kind in TENSOR_KINDS:
+            return self._owner.has_array(f"tensor/{self._info.name}/{kind}")
+        if self.site is None:
+            return False
+        kinds = {kind, _IMPLIED.get(kind, kind)}
+        return any(self._owner.has_array(self.site.key(k)) for k in kinds)
+
+    def diagonal(self) -> Matrix:
+        """Mean squared inputs, float32 [blocks, columns]."""
+        site = self._site(DIAGONAL)
+        if self._owner.has_array(site.key(DIAGONAL)):
+            return self._checked(site, DIAGONAL, 2)
+        moment = self.second_moment()
+        return np.ascontiguousarray(np.diagonal(moment, axis1=1, axis2=2))
+
+    def second_moment(self) -> Matrix:
+        """Mean x x^T, float32 [blocks, columns, columns]; not to be written to."""
+        return self._checked(self._site(SECOND_MOMENT), SECOND_MOMENT, 3)
+
+    def held_out(self) -> Matrix:
+        """Mean x x^T of the inputs kept apart, like `second_moment`."""
+        return self._checked(self._site(HELD_OUT), HELD_OUT, 3)
+
+    def mean(self) -> Matrix:
+        """Mean input, float32 [blocks, columns]."""
+        return self._checked(self._site(MEAN), MEAN, 2)
+
+    def output_fisher(self) -> Matrix:
+        """Fisher diagonal of the outputs, float32 [rows]."""
+        if not self.has(OUTPUT_FISHER):
+            raise self._missing(OUTPUT_FISHER)
+        values = self._owner.array(f"tensor/{self._info.name}/{OUTPUT_FISHER}")
+        rows = self._info.matrix_shape[0]
+        if values.shape != (rows,):
+            raise self._owner.damaged(f"{OUTPUT_FISHER} of {show(self._info.name)}: not [{rows}]")
+        return values
+
+    def peaks(self) -> Matrix:
+        """Activation peaks of a down projection, float32 [n, 6]."""
+        if not self.has(PEAKS):
+            raise self._missing(PEAKS)
+        return self._owner.array(f"tensor/{self._info.name}/{PEAKS}")
+
+    def _site(self, kind: str) -> Site:
+        if self.site is None or not self.has(kind):
+            raise self._missing(kind)
+        return self.site
+
+    def _checked(self, site: Site, kind: str, dimensions: int) -> Matrix:
+        values = self._owner.array(site.key(kind))
+        columns = self._info.matrix_shape[1]
+        wanted = (site.blocks, columns, columns)[:dimensions]
+        if values.shape != wanted:
+            raise self._owner.damaged(
+                f"{kind} of {show(self._info.name)} is {list(values.shape)}, not {list(wanted)}"
+            )
+        return values
+
+    def _missing(self, kind: str) -> UsageError:
+        return UsageError(
+            f"tensor {show(self._info.name)}: {show(str(self._owner.path))} holds no {kind} for it",
+            hint="calibrate again with --for and the recipe that is run, or leave it out with"
+            " ignore",
+        )
+
+
+class Statistics:
+    """An open statistics file. Arrays of the last few sites are kept: siblings share them."""
+
+    def __init__(self, path: Path, checkpoint: Checkpoint, record: Record) -> None:
+        self.path, self.record = path, record
+        self._checkpoint = checkpoint
+        self._sites = {name: site for site in record.sites for name in site.tensors}
+        self._arrays = {info.name: info for info in checkpoint.infos()}
+        self._kept: dict[str, Array] = {}
+        self._lock = Lock()
+
+    def __enter__(self) -> Statistics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def of(self, info: TensorInfo) -> TensorStatistics:
+        """What is known of one tensor of the model (perhaps nothing)."""
+        return TensorStatistics(self, info, self._sites.get(info.name))
+
+    def has_array(self, name: str) -> bool:
+        """Whether the file holds an array."""
+        return name in self._arrays
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of an array in memory, 0 where there is none."""
+        info = self._arrays.get(name)
+        return 0 if info is None else info.nbytes
+
+    def array(self, name: str) -> Matrix:
+        """An array, finite float32, read-only. Raises InputError where it is not."""
+        with self._lock:
+            if name in self._kept:
+                return self._kept[name]
+        values = self._checkpoint.read(self._arrays[name])
+        if values.dtype != np.float32:
+            raise self.damaged(f"{show(name)} is {values.dtype}, not float32")
+        if not np.isfinite(values).all():
+            raise self.damaged(f"{show(name)} is not finite")
+        values.flags.writeable = False
+        with self._lock:
+            while len(self._kept) >= 2:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[name] = values
+        return values
+
+    def inputs(self) -> dict[str, Array]:
+        """What the model was given, by name: `input_ids` int32 [samples, length], or `images`."""
+        return {
+            name.removeprefix("inputs/"): self._checkpoint.read(info)
+            for name, info in self._arrays.items()
+            if name.startswith("inputs/")
+        }
+
+    def check_model(self, model: Checkpoint) -> None:
+        """Raises UsageError where these are the statistics of another model."""
+        if self.record.fingerprint != model.sample_hash():
+            raise UsageError(
+                f"{show(str(self.path))}: statistics of another model than {show(str(model.path))}",
+                hint="calibrate this model: compress calibrate MODEL --for RECIPE --text F",
+            )
+
+    def damaged(self, what: str) -> InputError:
+        """The error for content that does not fit."""
+        return InputError(
+            f"{show(str(self.path))}: {what}", hint="calibrate again: the file is damaged"
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._checkpoint.close()
+
+
+def open_statistics(path: str | Path) -> Statistics:
+    """Open a statistics file. Raises UsageError if it is none, InputError if it is damaged."""
+    checkpoint = open_checkpoint(path)
+    try:
+        raw = checkpoint.metadata.get(KEY)
+        if raw is None:
+            raise UsageError(
+                f"{show(str(path))}: not a statistics file",
+                hint="compress calibrate writes one",
+            )
+        record = _parse(raw, str(path))
+    except BaseException:
+        checkpoint.close()
+        raise
+    return Statistics(Path(path), checkpoint, record)
+
+
+def _parse(raw: str, where: str) -> Record:
+    body = strict_json.parse(raw.encode(), where, floats=True)
+    try:
+        if body["version"] != VERSION:
+            raise InputError(
+                f"{show(where)}: statistics of version {show(str(body['version']))}",
+                hint="another version of this program wrote it: calibrate again",
+            )
+        sites = tuple(
+            Site(int(n), tuple(str(t) for t in tensors), int(count), int(held), int(blocks))
+            for n, tensors, count, held, blocks in body["sites"]
+        )
+        return Record(
+            str(body["fingerprint"]), str(body["engine"]), sites,
+            frozenset(str(k) for k in body["kinds"]), dict(body["data"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{show(where)}: its record of statistics is damaged") from error
+
+
+def missing_kinds(statistics: TensorStatistics, kinds: Iterable[str]) -> list[str]:
+    """Those of `kinds` that were not collected for a tensor, in order of name."""
+    return sorted(kind for kind in kinds if kind != INPUTS and not statistics.has(kind))

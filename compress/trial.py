@@ -1,0 +1,58 @@
+"""A checkpoint as a plan would make it, decoded on the way: nothing is written."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compress.checkpoint import Checkpoint
+from compress.formats.arrays import plain
+from compress.tensor import Array, Role, TensorInfo
+from compress.tiles import TensorPlan, Tile, read_tile
+
+if TYPE_CHECKING:
+    from compress.plan import Plan
+
+
+class TrialCheckpoint(Checkpoint):
+    """The source with the plan's passes applied as tensors are read; they must have decided.
+
+    `last` is the index of the last pass that takes part. Values come in the source's dtype.
+    Closing it leaves the source open.
+    """
+
+    def __init__(self, plan: Plan, *, last: int | None = None) -> None:
+        source = plan.checkpoint
+        super().__init__(source.path, source.directory, {})
+        self.config, self.config_bytes = source.config, source.config_bytes
+        self.aliases, self.sidecars = dict(source.aliases), list(source.sidecars)
+        self._source, self._plan = source, plan
+        self._last = len(plan.passes) if last is None else last
+        self._infos = source.infos()
+        self._tensors = {t.info.name: t for t in plan.tensors}
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor called `name`."""
+        return self._source.info(name)
+
+    def read(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Array:
+        """Rows of the first axis as they would decode from the output."""
+        tensor = self._tensors[info.name]
+        if not self._steps(tensor):
+            return self._source.read(info, start, stop)
+        return self._decoded(tensor)[start:stop]
+
+    def _steps(self, tensor: TensorPlan) -> list[int]:
+        return [step for step in tensor.steps if step <= self._last]
+
+    def _decoded(self, tensor: TensorPlan) -> Array:
+        info = tensor.info
+        rows = info.matrix_shape[0]
+        if info.role is not Role.CONV1D and len(info.shape) < 2:
+            rows = 1
+        made = read_tile(self._source, Tile(tensor, 0, rows, False, 0))
+        for step, one in zip(tensor.steps, self._plan.bound(tensor), strict=True):
+            if step <= self._last:
+                made = one.apply(made)
+        return np.ascontiguousarray(info.from_matrix(plain(made))).reshape(info.shape)
