@@ -93,9 +93,8 @@ class BlockModel:
         """Run what lies before the blocks."""
         catchers = [_Catcher(member) for member in self._members]
         catchers[-1].is_last = True
-        with self._blocks_as(catchers):
-            with suppress(_Stop):
-                self._call(inputs)
+        with self._blocks_as(catchers), suppress(_Stop):
+            self._call(inputs)
         calls = [(c.arguments, c.keywords) for c in catchers]
         hidden = catchers[0].hidden
         if hidden is None:
