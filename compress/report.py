@@ -82,12 +82,22 @@ def row(plan: Plan, tensor: TensorPlan, sums: Sums) -> dict[str, Any]:
         "relative_error": _ratio(sums.squared_error, sums.squared_norm),
         "plain_relative_error": plain if sums.plain else None,
         "plain": sums.plain or None,
+        "output_error": _outputs(sums, sums.outputs.squared_error),
+        "plain_output_error": _outputs(sums, sums.outputs.plain_squared_error)
+        if sums.plain
+        else None,
         "seconds": round(sums.seconds, 6),
         "cast_relative_error": _ratio(sums.cast_squared_error, sums.cast_squared_norm),
         "squared_error": sums.squared_error,
         "squared_norm": sums.squared_norm,
         "extra": sums.extra,
     }
+
+
+def _outputs(sums: Sums, squared_error: float) -> float | None:
+    """Relative error of the layer's outputs, where calibration knows its inputs."""
+    norm = sums.outputs.squared_norm
+    return _ratio(squared_error, norm) if norm > 0 else None
 
 
 def build(
@@ -121,6 +131,7 @@ def build(
         "max_relative_error": max((r["relative_error"] for r in changed), default=0.0),
         "cast_relative_error": max((r["cast_relative_error"] for r in rows), default=0.0),
         "plain_relative_error": _plain_total(changed),
+        "output_error": _output_total(changed),
         "seconds": round(seconds, 3),
         "peak_memory": peak_memory,
     }
@@ -202,15 +213,24 @@ def _verdict(plan: Plan, totals: Mapping[str, Any], changed: list[dict[str, Any]
     """Did the result beat plain rounding at the same bytes? In one sentence."""
     if not changed:
         return "verdict: nothing to change: the weights are as they were"
-    plain = totals["plain_relative_error"]
     compared = [r for r in changed if r["plain_relative_error"] is not None]
-    if plain is None:
+    if not compared:
         return "no plain rounding has the same bytes: nothing to compare with"
-    ours = _ratio(
-        sum(r["squared_error"] for r in compared), sum(r["squared_norm"] for r in compared)
+    # Where calibration knows the inputs, the outputs are what counts.
+    by_outputs = all(r["plain_output_error"] is not None for r in compared)
+    own, other = (
+        ("output_error", "plain_output_error")
+        if by_outputs
+        else ("relative_error", "plain_relative_error")
     )
-    loses = sum(r["relative_error"] > (1 + _MARGIN) * r["plain_relative_error"] for r in compared)
-    figures = f"relative error {ours:.4f} against {plain:.4f} of plain rounding at the same bytes"
+    weights = [1.0 if by_outputs else r["squared_norm"] for r in compared]
+    ours, plain = (
+        _ratio(sum(w * r[key] ** 2 for w, r in zip(weights, compared, strict=True)), sum(weights))
+        for key in (own, other)
+    )
+    loses = sum(r[own] > (1 + _MARGIN) * r[other] for r in compared)
+    what = "relative error of the outputs" if by_outputs else "relative error"
+    figures = f"{what} {ours:.4f} against {plain:.4f} of plain rounding at the same bytes"
     if ours <= plain * (1 + _MARGIN):
         better = (
             f", {1 - ours / plain:.1%} lower" if plain > 0 and ours < plain * (1 - _MARGIN) else ""
@@ -232,6 +252,12 @@ def _plain_total(changed: list[dict[str, Any]]) -> float | None:
         return None
     error = sum(r["plain_relative_error"] ** 2 * r["squared_norm"] for r in compared)
     return _ratio(error, sum(r["squared_norm"] for r in compared))
+
+
+def _output_total(changed: list[dict[str, Any]]) -> float | None:
+    """Root mean square of the layers' relative output errors; None without a calibration."""
+    known = [r["output_error"] for r in changed if r["output_error"] is not None]
+    return math.sqrt(sum(e * e for e in known) / len(known)) if known else None
 
 
 def _format_notes(plan: Plan) -> list[str]:

@@ -56,7 +56,8 @@ def cut(tensor: TensorPlan, passes: Sequence[Pass], tile_bytes: int = TILE_BYTES
     row_bytes = max(1, columns * DTYPES[info.dtype].itemsize)
     step = rows if whole else max(1, tile_bytes // row_bytes)
     bounds = [(r, min(r + step, rows)) for r in range(0, rows, max(1, step))] or [(0, 0)]
-    return [Tile(tensor, a, b, False, _cost(tensor, b - a)) for a, b in bounds]
+    extra = sum(one.workspace(info) for one in works)
+    return [Tile(tensor, a, b, False, _cost(tensor, b - a) + extra) for a, b in bounds]
 
 
 def survey_tiles(

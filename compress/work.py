@@ -14,6 +14,8 @@ from compress.checkpoint.writer import nbytes_of
 from compress.errors import InputError, show
 from compress.formats.arrays import plain
 from compress.formats.base import MODEL, Named
+from compress.layer_outputs import OutputSums, measure_outputs, moment_of
+from compress.passes.base import CodesSpec
 from compress.passes.quantize import PLAIN_SQUARED_ERROR, SQUARED_ERROR, SQUARED_NORM
 from compress.plan import Plan
 from compress.solvers import baseline
@@ -34,6 +36,7 @@ class Sums:
     cast_squared_error: float = 0.0  # of `--untouched`, kept apart from what passes cost
     cast_squared_norm: float = 0.0
     plain: str = ""  # what the plain rounding was, e.g. "4 bits, group 32"
+    outputs: OutputSums = field(default_factory=OutputSums)
     extra: dict[str, float] = field(default_factory=dict)
 
     def add(self, other: Sums) -> None:
@@ -47,6 +50,7 @@ class Sums:
         self.nonzeros += other.nonzeros
         self.seconds += other.seconds
         self.plain = self.plain or other.plain
+        self.outputs.add(other.outputs)
         for key, value in other.extra.items():
             self.extra[key] = self.extra.get(key, 0.0) + value
 
@@ -171,6 +175,9 @@ def _compare_with_plain(plan: Plan, tile: Tile, tensor: Tensor, sums: Sums) -> N
     """What plain rounding at the same bytes would have cost."""
     terms = tile.tensor.terms
     codes = terms.codes
+    moment = moment_of(plan.statistics_of(tensor.info), tensor)
+    if moment is not None:
+        sums.outputs = measure_outputs(_kernel_ready(tensor), tensor.decode(), moment, codes)
     if codes is not None and terms.nonzeros is None and terms.rank == 0:
         sums.plain_squared_error = tensor.notes.get(PLAIN_SQUARED_ERROR, 0.0)
         sums.plain_squared_norm = sums.squared_norm
@@ -189,6 +196,12 @@ def _compare_with_plain(plan: Plan, tile: Tile, tensor: Tensor, sums: Sums) -> N
         return
     sums.plain_squared_error = other.squared_error
     sums.plain_squared_norm = other.squared_norm
+    if moment is not None:
+        columns = other.group_size if other.group_size > 0 else tensor.source.shape[1]
+        best = CodesSpec(other.bits, columns, True, "F16")
+        sums.outputs = measure_outputs(
+            _kernel_ready(tensor), tensor.decode(), moment, best, search="mse"
+        )
     group = "a row" if other.group_size < 0 else f"group {other.group_size}"
     sums.plain = f"{other.bits} bits, {group}, searched scales"
 

@@ -177,6 +177,10 @@ class Pass(ABC):
         """Whether `apply` may be given any range of rows on its own (else the whole matrix)."""
         return True
 
+    def workspace(self, info: TensorInfo) -> int:
+        """Bytes that `apply` needs for a tile of this target beside the tile and its terms."""
+        return 0
+
     @property
     def wants_survey(self) -> bool:
         """True while a sweep over the targets must come before `apply`."""

@@ -1,48 +1,46 @@
-"""Magnitude pruning with an exact count, global or by tensor, unstructured or N:M.
+"""Pruning with an exact count: by magnitude (global or by tensor) or by inputs; also N:M.
 
 Global magnitude pruning with a minimum threshold (arXiv 2209.14624), with three differences: the
 count is exact whatever ties there are, weights that are zero already count as pruned (so pruning
 twice changes nothing), and the floor of every tensor and the global threshold are solved for
 together instead of in turns.
+
+With statistics of the inputs, `score=wanda` and `score=obs` (compress/solvers/input_masks.py) give
+every tensor the same sparsity. OBS's mask assumes that kept weights will take over what pruned
+ones did, as `quantize solver=obs` has them do.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from compress import kernels
-from compress.errors import InputError, UsageError, from_os_error, show
-from compress.passes.base import Pass, Terms, option, refuse
+from compress.calibrate.statistics import DIAGONAL, SECOND_MOMENT, TensorStatistics
+from compress.errors import UsageError, from_os_error, show
+from compress.passes.base import Context, Pass, Terms, option, refuse
+from compress.passes.mask_by_inputs import MaskByInputs
 from compress.solvers import lamp, n_of_m, radix_select
-from compress.solvers.radix_select import BFLOAT16, FLOAT16, FLOAT32, Spill, TensorCut, TileCounts
-from compress.tensor import Array, Tensor, TensorInfo
+from compress.solvers.input_masks import kept_of
+from compress.solvers.magnitude_counts import (
+    count_kept,
+    count_low,
+    count_magnitudes,
+    count_pattern,
+    protected_mask,
+    protected_places,
+    scored,
+)
+from compress.solvers.radix_select import Spill, TensorCut, TileCounts
+from compress.tensor import Tensor, TensorInfo
 
 MAX_GROUP = 64  # of N:M; hardware knows 2:4, and above this a group is hardly a pattern
-
-_KINDS: dict[np.dtype[Any], int] = {
-    np.dtype(ml_dtypes.bfloat16): BFLOAT16,
-    np.dtype(np.float16): FLOAT16,
-    np.dtype(np.float32): FLOAT32,
-}
-# First bin of the infinities and NaNs.
-_NOT_FINITE = {BFLOAT16: 0x7F80, FLOAT16: 0x7C00, FLOAT32: 0x7F80}
-
-
-def kept_of(size: int, sparsity: float) -> int:
-    """Weights to keep of `size`: size - sparsity * size, the pruned count rounded half up.
-
-    The sparsity is taken as the decimal number that was written, so 0.3 of 10 is 3.
-    """
-    return size - math.floor(Fraction(repr(float(sparsity))) * size + Fraction(1, 2))
 
 
 @dataclass(frozen=True)
@@ -81,12 +79,20 @@ class Prune(Pass):
     )
     score: str = option(
         "magnitude",
-        "what ranks weights: |w|, or the scale-aware LAMP",
-        choices=("magnitude", "lamp"),
+        "what ranks weights: |w|, the scale-aware LAMP, |w| times the size of its inputs (wanda), "
+        "or what losing it costs once others take over (obs); the last two need a calibration",
+        choices=("magnitude", "lamp", "wanda", "obs"),
     )
     pattern: str = option("unstructured", "unstructured, or N:M (e.g. 2:4) kept of M in a row")
 
-    # Written by `decide`.
+    damping: float = option(
+        0.01,
+        "score=obs: added to the diagonal of the second moments, as a share of its mean",
+        low=0,
+    )
+
+    # Written by `bind` and `decide`.
+    statistics: TensorStatistics | None = field(default=None, repr=False, compare=False)
     sweep: _Sweep | None = field(default=None, repr=False, compare=False)
     cuts: Mapping[str, TensorCut] | None = field(default=None, repr=False, compare=False)
     found: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
@@ -102,6 +108,14 @@ class Prune(Pass):
     def validate(self) -> None:
         """Raises UsageError for a sparsity of 1, a malformed pattern, options that conflict."""
         parsed = _parse_pattern(self.pattern)
+        if self.by_inputs:
+            for name, default in (("scope", "global"), ("min_keep", 0)):
+                if getattr(self, name) != default:
+                    raise UsageError(
+                        f"prune: {name}={getattr(self, name)} has no meaning with"
+                        f" score={self.score}, which prunes every tensor alike",
+                        hint=f"leave {name} out",
+                    )
         if parsed is not None and not 0 < parsed[0] < parsed[1] <= MAX_GROUP:
             raise UsageError(f"prune: pattern {self.pattern}: expected 0 < N < M <= {MAX_GROUP}")
         if not 0 <= self.share < 1:
@@ -134,7 +148,7 @@ class Prune(Pass):
                 hint="leave sparsity out",
             )
         for name, default in (("scope", "global"), ("score", "magnitude"), ("min_keep", 0)):
-            if getattr(self, name) != default:
+            if getattr(self, name) != default and not (name == "score" and self.by_inputs):
                 raise UsageError(
                     f"prune: {name}={getattr(self, name)} has no meaning with pattern {n}:{m}",
                     hint=f"leave {name} out",
@@ -144,6 +158,20 @@ class Prune(Pass):
     def share(self) -> float:
         """The sparsity asked for, default filled in."""
         return 0.5 if self.sparsity is None else float(self.sparsity)
+
+    @property
+    def by_inputs(self) -> bool:
+        """Whether the score is made with statistics of the inputs."""
+        return self.score in ("wanda", "obs")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Wanda needs the diagonal of the inputs' second moments, OBS all of them."""
+        return frozenset({"wanda": {DIAGONAL}, "obs": {SECOND_MOMENT}}.get(self.score, set()))
+
+    def bind(self, info: TensorInfo, earlier: Sequence[Pass], context: Context) -> Prune:
+        """With the tensor's statistics, where the score is made with them."""
+        return replace(self, statistics=context.statistics) if self.by_inputs else self
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -195,13 +223,13 @@ class Prune(Pass):
             n, m = self.n_of_m
             # Protected entries stay even where a group has more than N of them.
             return 0, min(info.size, info.size // m * n + terms.outliers[1])
-        if self.scope == "tensor":
+        if self.scope == "tensor" or self.by_inputs:
             return 0, min(info.size, max(kept_of(info.size, self.share), terms.outliers[1]))
         return 0, info.size
 
     def row_wise(self, info: TensorInfo) -> bool:
-        """Always: ties are dealt out by tile."""
-        return True
+        """Whether rows are pruned on their own: not where others of a column take over."""
+        return self.score != "obs"
 
     # ------------------------------------------------------------ surveys
 
@@ -210,10 +238,23 @@ class Prune(Pass):
         """One sweep; a second one where float32 weights share the bin of a threshold."""
         return self.cuts is None
 
+    def workspace(self, info: TensorInfo) -> int:
+        """The second moments, kept for a site and its successor, and their factor with copies."""
+        if self.score != "obs":
+            return 0
+        rows, columns = info.matrix_shape
+        return 6 * 4 * columns * columns + 12 * rows * columns
+
+    def surveys_whole(self, info: TensorInfo) -> bool:
+        """OBS counts by blocks of columns over all rows."""
+        return self.score == "obs"
+
     def survey_bytes(self, infos: list[TensorInfo]) -> int:
         """One sweep; a second over tensors whose magnitudes do not fit 15 bits, at most."""
         if not self.wants_survey:
             return 0
+        if self.by_inputs:
+            return sum(i.nbytes for i in infos)
         wide = {i.dtype for i in infos} not in ({"BF16"}, {"F16"})
         return sum(i.nbytes * (2 if wide and i.dtype != "BF16" else 1) for i in infos)
 
@@ -225,10 +266,12 @@ class Prune(Pass):
         """Counts of a tile's magnitudes. Raises InputError for a NaN or an infinity."""
         if self.sweep is not None:
             prefix = self.sweep.plan.prefixes.get(tensor.info.name)
-            return None if prefix is None else _count_low(tensor, prefix)
+            return None if prefix is None else count_low(tensor, prefix)
+        if self.by_inputs:
+            return count_kept(tensor, self._by_inputs(tensor).kept(tensor))
         if self.n_of_m is not None:
-            return _count_pattern(tensor, *self.n_of_m)
-        return _count(tensor)
+            return count_pattern(tensor, *self.n_of_m)
+        return count_magnitudes(tensor)
 
     def merge(self, a: Any, b: Any) -> Any:
         """Append b's tiles to a's, on disk. Raises ResourceError where there is no room."""
@@ -247,8 +290,8 @@ class Prune(Pass):
         spill = _collect(statistic).spill
         if self.sweep is not None:
             return self._decided(self.sweep.spill, self.sweep.plan, spill)
-        if self.n_of_m is not None:
-            return self._decided_pattern(spill)
+        if self.n_of_m is not None or self.by_inputs:
+            return self._decided_counts(spill)
         plan = self._plan(spill)
         if plan.prefixes:
             return replace(self, sweep=_Sweep(spill, plan))
@@ -280,7 +323,7 @@ class Prune(Pass):
             found["threshold"] = _threshold(spill, cuts)
         return replace(self, sweep=None, cuts=cuts, found=found)
 
-    def _decided_pattern(self, spill: Spill) -> Prune:
+    def _decided_counts(self, spill: Spill) -> Prune:
         kept = {t.name: int(t.counts.sum()) for t in spill.tensors()}
         cuts = {name: TensorCut(0, count) for name, count in kept.items()}
         return replace(self, cuts=cuts, found=self._summary(spill, kept))
@@ -322,12 +365,14 @@ class Prune(Pass):
         """The tile with its mask: False for what is pruned and for every existing zero."""
         if self.cuts is None:
             raise RuntimeError("prune: apply before decide")
+        if self.by_inputs:
+            return tensor.with_(mask=self._by_inputs(tensor).mask(tensor))
         if self.n_of_m is not None:
-            mask = n_of_m.mask(_scored(tensor), *self.n_of_m, _protected_mask(tensor))
+            mask = n_of_m.mask(scored(tensor), *self.n_of_m, protected_mask(tensor))
             return tensor.with_(mask=mask)
         cut = self.cuts[tensor.info.name]
-        values = _scored(tensor)
-        rows, columns = _protected(tensor)
+        values = scored(tensor)
+        rows, columns = protected_places(tensor)
         if rows.size:  # they take no part in the ranking, nor in the ties
             values = values.copy()
             values[rows, columns] = 0
@@ -337,6 +382,14 @@ class Prune(Pass):
         if rows.size:
             mask[rows, columns] = True
         return tensor.with_(mask=mask)
+
+    def _by_inputs(self, tensor: Tensor) -> MaskByInputs:
+        if self.statistics is None:
+            raise UsageError(
+                f"prune: tensor {show(tensor.info.name)}: score={self.score} has no statistics",
+                hint="give --text F to calibrate on the way, or --stats F",
+            )
+        return MaskByInputs(self.score, self.share, self.n_of_m, self.damping, self.statistics)
 
     def facts(self) -> dict[str, Any]:
         """Requested and achieved sparsity, the threshold, counts and notes."""
@@ -391,106 +444,6 @@ def _collect(statistic: Any) -> _Survey:
     return survey
 
 
-def _scored(tensor: Tensor) -> Array:
-    """[rows, columns] in bfloat16, float16 or float32: what magnitudes are compared as.
-
-    8-bit floats widen exactly; float64 is rounded to float32 and its largest values clipped.
-    """
-    values = np.ascontiguousarray(tensor.source)
-    if values.dtype in _KINDS:
-        return values
-    if values.dtype.itemsize == 1:
-        return values.astype(np.float16)
-    _refuse_not_finite(tensor, np.flatnonzero(~np.isfinite(values))[:1])
-    limit = np.finfo(np.float32).max
-    clipped: Array = np.clip(values, -limit, limit).astype(np.float32)
-    return clipped
-
-
-def _protected(tensor: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and columns of protected entries that are not zero."""
-    outliers = tensor.outliers
-    if outliers is None or not outliers.rows.size:
-        none = np.empty(0, np.int64)
-        return none, none
-    live = tensor.source[outliers.rows, outliers.columns].astype(np.float32) != 0
-    return outliers.rows[live], outliers.columns[live]
-
-
-def _protected_mask(tensor: Tensor) -> NDArray[np.bool_] | None:
-    rows, columns = _protected(tensor)
-    if not rows.size:
-        return None
-    mask = np.zeros(tensor.source.shape, np.bool_)
-    mask[rows, columns] = True
-    return mask
-
-
-def _count(tensor: Tensor) -> TileCounts:
-    """The first sweep's counts of one tile."""
-    values = _scored(tensor)
-    kind = _KINDS[values.dtype]
-    counts = np.zeros(radix_select.BINS, np.uint64)
-    kernels.magnitude_histogram(values, counts)
-    if counts[_NOT_FINITE[kind] :].any():
-        _refuse_not_finite(tensor, np.array([kernels.finite_index(values)]))
-    zeros = int(counts[0])
-    if zeros and kind == FLOAT32:  # the bin also holds the smallest subnormals
-        zeros = values.size - int(np.count_nonzero(values))
-    counts[0] -= np.uint64(zeros)
-    rows, columns = _protected(tensor)
-    shift = 16 if kind == FLOAT32 else 0
-    np.subtract.at(counts, _keys(values[rows, columns]) >> shift, np.uint64(1))
-    return _tile(tensor, kind, zeros, rows.size, counts)
-
-
-def _count_low(tensor: Tensor, prefix: int) -> TileCounts:
-    """The second sweep's counts of one tile: the low 16 bits of the keys in one bin."""
-    values = _scored(tensor)
-    counts = np.zeros(radix_select.LOW_BINS, np.uint64)
-    kernels.magnitude_histogram_low(values, prefix, counts)
-    rows, columns = _protected(tensor)
-    keys = _keys(values[rows, columns])
-    np.subtract.at(counts, keys[keys >> 16 == prefix] & 0xFFFF, np.uint64(1))
-    if prefix == 0:
-        counts[0] = 0  # zeros are never kept
-    return _tile(tensor, FLOAT32, 0, rows.size, counts)
-
-
-def _tile(
-    tensor: Tensor, kind: int, zeros: int, protected: int, counts: NDArray[np.uint64]
-) -> TileCounts:
-    rows = tensor.source.shape[0]
-    size = tensor.source.size
-    bins, filled = radix_select.sparse(counts)
-    return TileCounts(
-        tensor.info.name, tensor.first_row, rows, kind, size, zeros, protected, bins, filled
-    )
-
-
-def _keys(values: Array) -> NDArray[np.int64]:
-    """Magnitude keys of a few entries."""
-    flat = np.ascontiguousarray(values).reshape(-1)
-    if flat.dtype.itemsize == 2:
-        return (flat.view(np.uint16) & 0x7FFF).astype(np.int64)
-    return (flat.view(np.uint32) & 0x7FFFFFFF).astype(np.int64)
-
-
-def _refuse_not_finite(tensor: Tensor, bad: NDArray[np.int64]) -> None:
-    """Raises InputError for the first of the flat indices into the tile, if there is one."""
-    if not bad.size:
-        return
-    columns = tensor.source.shape[1]
-    row, column = divmod(int(bad[0]), columns)
-    value = float(tensor.source[row, column])
-    row += tensor.first_row
-    raise InputError(
-        f"tensor {show(tensor.info.name)}: weight {row * columns + column} (row {row}, column "
-        f"{column}) is {value}",
-        hint="such weights cannot be ranked: repair the checkpoint, or ignore this tensor",
-    )
-
-
 def _threshold(spill: Spill, cuts: Mapping[str, TensorCut]) -> float:
     """The largest magnitude that a tensor without a floor of its own loses: all cuts' least."""
     keys = []
@@ -499,15 +452,3 @@ def _threshold(spill: Spill, cuts: Mapping[str, TensorCut]) -> float:
         if cut.kept > tensor.protected:
             keys.append(radix_select.float_of_key(cut.key, tensor.kind))
     return max(keys, default=0.0)
-
-
-def _count_pattern(tensor: Tensor, n: int, m: int) -> TileCounts:
-    """How many weights of a tile an N:M mask keeps, as a histogram of one bin."""
-    values = _scored(tensor)
-    bad = kernels.finite_index(values)
-    if bad >= 0:
-        _refuse_not_finite(tensor, np.array([bad]))
-    kept, zeros = n_of_m.count(values, n, m, _protected_mask(tensor))
-    counts = np.zeros(radix_select.BINS, np.uint64)
-    counts[1] = kept
-    return _tile(tensor, _KINDS[values.dtype], zeros, 0, counts)

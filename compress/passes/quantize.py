@@ -4,6 +4,10 @@ Scales come from kept, unprotected weights alone; a pruned weight gets the code 
 decodes to exactly zero. With `search=mse` the scale of each group is the one with the least
 squared error among shrunk candidates, and never worse than plain rounding's.
 
+With `solver=obs` later columns of a row absorb the rounding (and the pruning) of earlier ones, as
+the second moments of the inputs tell (compress/solvers/obs_sweep.py): the weights' own error rises
+and the outputs' falls.
+
 Sums left in `Tensor.notes` (additive over the tiles of a tensor, float):
 
     squared_error        of the decoded tile against its source, protected entries exact
@@ -17,17 +21,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 
+from compress import kernels
+from compress.calibrate.statistics import SECOND_MOMENT, TensorStatistics
 from compress.errors import InputError, UsageError, show
 from compress.kernels.reference import SMALLEST_NORMAL
-from compress.passes.base import CodesSpec, Pass, Terms, option, refuse
+from compress.passes.base import CodesSpec, Context, Pass, Terms, option, refuse
 from compress.patterns import matches_any, require_matches
 from compress.solvers.group_quantizer import CannotQuantize, quantize_matrix, working_dtype
+from compress.solvers.obs_codes import obs_codes
 from compress.tensor import Array, Codes, Tensor, TensorInfo
 
 SQUARED_ERROR = "squared_error"
@@ -41,10 +48,13 @@ _OVERRIDABLE = (
     "bits",
     "group",
     "symmetric",
+    "solver",
     "search",
     "signed_scale",
     "scale_dtype",
     "on_indivisible",
+    "damping",
+    "act_order",
 )
 
 
@@ -63,6 +73,12 @@ class Quantize(Pass):
         aliases=("group_size",),
     )
     symmetric: bool = option(True, "no zero points; false: an integer zero point per group")
+    solver: str = option(
+        "round",
+        "round each weight by itself, or let later columns absorb the errors of earlier ones "
+        "(obs: GPTQ and SparseGPT in one; needs a calibration)",
+        choices=("round", "obs"),
+    )
     search: str = option(
         "mse",
         "choose each scale by least squared error, or plain rounding from the range",
@@ -78,9 +94,30 @@ class Quantize(Pass):
         "or use one scale per row",
         choices=("error", "short", "channel"),
     )
+    damping: float = option(
+        0.01, "of solver=obs: share of its mean that is added to the moments' diagonal", low=0
+    )
+    act_order: bool = option(
+        False, "of solver=obs: columns with large inputs first, all scales chosen beforehand"
+    )
     overrides: tuple[Mapping[str, Any], ...] = option(
         (), "other options for some targets: {targets: [...], bits: 8}; the first match wins"
     )
+
+    # Written by `bind`.
+    statistics: TensorStatistics | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The inputs' second moments, where any tensor is solved with them."""
+        solvers = {self.solver, *(o.get("solver") for o in self.overrides)}
+        return frozenset({SECOND_MOMENT}) if "obs" in solvers else frozenset()
+
+    def bind(self, info: TensorInfo, earlier: Sequence[Pass], context: Context) -> Quantize:
+        """With the tensor's statistics, where its codes are solved with them."""
+        if self.for_tensor(info).solver != "obs":
+            return self
+        return dataclasses.replace(self, statistics=context.statistics)
 
     def validate(self) -> None:
         """Raises UsageError for an override that is not a mapping of known, legal options."""
@@ -136,8 +173,16 @@ class Quantize(Pass):
         return dataclasses.replace(terms, codes=self.spec(info), passes=passes)
 
     def row_wise(self, info: TensorInfo) -> bool:
-        """True unless one scale serves the whole tensor."""
-        return self.for_tensor(info).group != PER_TENSOR
+        """True unless one scale, or one sweep over the columns, serves the whole tensor."""
+        me = self.for_tensor(info)
+        return me.group != PER_TENSOR and me.solver != "obs"
+
+    def workspace(self, info: TensorInfo) -> int:
+        """The second moments, kept for a site and its successor, and their factor with copies."""
+        if self.for_tensor(info).solver != "obs":
+            return 0
+        rows, columns = info.matrix_shape
+        return 6 * 4 * columns * columns + 12 * rows * columns
 
     def apply(self, tensor: Tensor) -> Tensor:
         """Write the codes of one tile.
@@ -146,6 +191,8 @@ class Quantize(Pass):
         cannot hold; both name the tensor and the way out.
         """
         me = self.for_tensor(tensor.info)
+        if me.solver == "obs":
+            return me._solve(tensor)
         spec = self.spec(tensor.info)
         values = _without_protected(tensor)
         try:
@@ -167,6 +214,43 @@ class Quantize(Pass):
             SQUARED_ERROR: max(error, 0.0),
             PLAIN_SQUARED_ERROR: max(plain, 0.0),
             SQUARED_NORM: norm,
+            FLOORED_SCALES: float(_floored(codes, spec.scale_dtype)),
+        }
+        return tensor.with_(codes=codes, notes=notes)
+
+    def _solve(self, tensor: Tensor) -> Tensor:
+        """The codes of a whole tensor by the OBS sweep under its mask."""
+        if self.statistics is None:
+            raise UsageError(
+                f"quantize: tensor {show(tensor.info.name)}: solver=obs has no statistics",
+                hint="give --text F to calibrate on the way, or --stats F",
+            )
+        spec = self.spec(tensor.info)
+        try:
+            codes = obs_codes(
+                tensor,
+                self.statistics.second_moment(),
+                spec,
+                search=self.search,
+                signed_scale=self.signed_scale,
+                damping=self.damping,
+                act_order=self.act_order,
+            )
+            _, plain = quantize_matrix(_without_protected(tensor), tensor.mask, spec, search="none")
+        except CannotQuantize as bad:
+            raise _input_error(tensor, bad, self.scale_dtype) from None
+        except ValueError as error:
+            raise UsageError(
+                f"tensor {show(tensor.info.name)}: {error}",
+                hint="use a larger damping=, more calibration data, or solver=round for it",
+            ) from error
+        decoded = tensor.with_(codes=codes, factors=None).decode()
+        sums = np.zeros(2, np.float64)
+        kernels.error_sums(working_dtype(tensor.source), decoded, sums)
+        notes = tensor.notes | {
+            SQUARED_ERROR: float(sums[0]),
+            PLAIN_SQUARED_ERROR: plain.squared_error,
+            SQUARED_NORM: float(sums[1]),
             FLOORED_SCALES: float(_floored(codes, spec.scale_dtype)),
         }
         return tensor.with_(codes=codes, notes=notes)
