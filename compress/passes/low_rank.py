@@ -2,7 +2,9 @@
 
 E = W - (dequant(codes) or the pruned W), protected entries left out, and B A its leading part in
 the Frobenius norm. Without data every weight counts the same, so on a flat residual a rank takes
-only its share: compare with spending the bytes on bits (the report does).
+only its share: compare with spending the bytes on bits (the report does). With `metric=diag|full`
+it is the leading part of what E does to the layer's outputs (compress/solvers/metric.py); `auto`
+takes the better of the two on inputs that were kept apart.
 
 Sums left in `Tensor.notes`:
 
@@ -11,6 +13,7 @@ Sums left in `Tensor.notes`:
     squared_norm        of the source
     alternate_rounds    rounds of `alternate` behind the result; 0: the codes were not changed
     alternate_weights   1 where the result began with the leading part of W
+    full_metric         1 where metric=auto chose full
     nothing_to_repair   1 where no pass had changed the matrix, or the rank came to 0
 """
 
@@ -19,23 +22,28 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress import kernels
+from compress.calibrate.statistics import DIAGONAL, HELD_OUT, SECOND_MOMENT, TensorStatistics
 from compress.errors import InputError, UsageError, show
 from compress.passes.base import Context, Pass, Terms, option, refuse
 from compress.passes.quantize import SQUARED_ERROR, SQUARED_NORM, Quantize
 from compress.solvers.alternate import Places, Problem, alternate
 from compress.solvers.group_quantizer import working_dtype
+from compress.solvers.metric import Metric, balanced
+from compress.solvers.output_error import output_error, row_blocks
 from compress.solvers.randomized_svd import truncated_svd
 from compress.tensor import Array, Codes, Factors, Role, Tensor, TensorInfo
 
 BASE_SQUARED_ERROR = "base_squared_error"
 ALTERNATE_ROUNDS = "alternate_rounds"
 ALTERNATE_WEIGHTS = "alternate_weights"
+FULL_METRIC = "full_metric"
 NOTHING_TO_REPAIR = "nothing_to_repair"
 
 DEFAULT_RANK = 16
@@ -59,6 +67,15 @@ class LowRank(Pass):
         None, "instead of a rank: bits the factors may cost per weight of each tensor", low=0
     )
     factor_dtype: str = option("fp16", "stored type of the factors", choices=("fp16", "int8"))
+    metric: str = option(
+        "plain",
+        "what the factors repair: weights (plain), or outputs, with inputs taken for uncorrelated "
+        "(diag) or not (full); auto: the better of these two on held-out inputs",
+        choices=("plain", "diag", "full", "auto"),
+    )
+    damping: float = option(
+        0.01, "of metric=diag|full: share of its mean that is added to the moments' diagonal", low=0
+    )
     alternate: int = option(
         0, "rounds of quantizing W - BA and decomposing the rest anew", low=0, high=100
     )
@@ -70,6 +87,7 @@ class LowRank(Pass):
     # Set by the planner, not by users.
     quantizer: Quantize | None = field(default=None)
     base_must_stand: bool = field(default=False)
+    statistics: TensorStatistics | None = field(default=None, repr=False, compare=False)
 
     def validate(self) -> None:
         """Raises UsageError where both rank and bpw are given, or bpw is 0."""
@@ -96,8 +114,25 @@ class LowRank(Pass):
         """With the quantizer that this tensor's codes come from, for `alternate`."""
         quantizer = next((p for p in reversed(earlier) if isinstance(p, Quantize)), None)
         return dataclasses.replace(
-            self, quantizer=quantizer, base_must_stand=context.base_stands_alone
+            self,
+            quantizer=quantizer,
+            base_must_stand=context.base_stands_alone,
+            statistics=context.statistics if self.needs else None,
         )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the metric is made of."""
+        kinds = {"plain": set(), "diag": {DIAGONAL}, "full": {SECOND_MOMENT}}
+        return frozenset(kinds.get(self.metric, {SECOND_MOMENT, HELD_OUT}))
+
+    def workspace(self, info: TensorInfo) -> int:
+        """The second moments, kept for a site and its successor, their root, a whitened error."""
+        if not self.needs:
+            return 0
+        rows, columns = info.matrix_shape
+        moments = 0 if self.metric == "diag" else 10 * 4 * columns * columns
+        return moments + 16 * rows * columns
 
     def rank_of(self, info: TensorInfo) -> int:
         """The rank for one tensor; 0 where not even rank 1 costs at most bpw bits a weight."""
@@ -134,6 +169,8 @@ class LowRank(Pass):
         rank = self.rank_of(tensor.info)
         if rank == 0 or (tensor.codes is None and tensor.mask is None):
             return tensor.with_(notes=tensor.notes | {NOTHING_TO_REPAIR: 1.0})
+        if self.metric == "auto":
+            return self._better(tensor)
         if tensor.codes is None:
             return self._repair_pruned(tensor, rank)
         if self.alternate and self.quantizer is None:
@@ -144,7 +181,7 @@ class LowRank(Pass):
         problem = self._problem(tensor, rank)
         limit = None
         if self.base_must_stand and not self.needs_adapter:
-            limit = BASE_STANDS**2 * problem.base_squared_error(tensor.codes)
+            limit = BASE_STANDS**2 * problem.base_loss(tensor.codes)
         best = alternate(problem, tensor.codes, self.alternate, base_limit=limit)
         notes = tensor.notes | {
             SQUARED_ERROR: best.squared_error,
@@ -156,6 +193,8 @@ class LowRank(Pass):
         return tensor.with_(codes=best.codes, factors=best.factors, notes=notes)
 
     def _problem(self, tensor: Tensor, rank: int) -> Problem:
+        metrics = self._metrics(tensor.info)
+
         def requantize(matrix: Matrix) -> Codes:
             if self.quantizer is None:
                 raise UsageError("low-rank: alternate has no quantizer")
@@ -165,9 +204,44 @@ class LowRank(Pass):
             return again.codes
 
         def factorise(matrix: Matrix) -> Factors:
-            return self.factorise(matrix, tensor.info, rank)
+            return self.factorise(matrix, tensor.info, rank, metrics)
 
-        return Problem(working_dtype(tensor.source), _exact(tensor), requantize, factorise)
+        weigh = None if metrics is None else partial(_loss, metrics)
+        return Problem(working_dtype(tensor.source), _exact(tensor), requantize, factorise, weigh)
+
+    def _better(self, tensor: Tensor) -> Tensor:
+        """Of both metrics the one that leaves the smaller error of held-out outputs."""
+        held_out = self._statistics(tensor.info).held_out()
+        source = tensor.source.astype(np.float32)
+        found = []
+        for metric in ("diag", "full"):
+            made = dataclasses.replace(self, metric=metric).apply(tensor)
+            found.append((output_error(made.decode() - source, held_out), metric, made))
+        _, metric, best = min(found, key=lambda one: one[0])
+        return best.with_(notes=best.notes | {FULL_METRIC: float(metric == "full")})
+
+    def _metrics(self, info: TensorInfo) -> list[Metric] | None:
+        """The metric of each block of rows; None for the plain one."""
+        if self.metric == "plain":
+            return None
+        statistics = self._statistics(info)
+        try:
+            if self.metric == "diag":
+                return [Metric.diagonal(d, self.damping) for d in statistics.diagonal()]
+            return [Metric.full(m, self.damping) for m in statistics.second_moment()]
+        except ValueError as error:
+            raise UsageError(
+                f"tensor {show(info.name)}: {error}",
+                hint="use a larger damping=, more calibration data, or metric=diag",
+            ) from error
+
+    def _statistics(self, info: TensorInfo) -> TensorStatistics:
+        if self.statistics is None:
+            raise UsageError(
+                f"low-rank: tensor {show(info.name)}: metric={self.metric} has no statistics",
+                hint="give --text F to calibrate on the way, or --stats F",
+            )
+        return self.statistics
 
     def _repair_pruned(self, tensor: Tensor, rank: int) -> Tensor:
         """Factors of the pruned weights, where there are no codes."""
@@ -183,7 +257,7 @@ class LowRank(Pass):
         base = tensor.with_(factors=None).decode()
         base_error, norm = _error(source, base)
         np.subtract(source, base, out=base)  # 0 where protected: the base decodes it exactly
-        factors = self.factorise(base, tensor.info, rank)
+        factors = self.factorise(base, tensor.info, rank, self._metrics(tensor.info))
         del base
         decoded = tensor.with_(factors=factors).decode()
         notes = tensor.notes | {
@@ -193,22 +267,40 @@ class LowRank(Pass):
         }
         return tensor.with_(factors=factors, notes=notes)
 
-    def factorise(self, matrix: Matrix, info: TensorInfo, rank: int) -> Factors:
+    def factorise(
+        self,
+        matrix: Matrix,
+        info: TensorInfo,
+        rank: int,
+        metrics: list[Metric] | None = None,
+    ) -> Factors:
         """The leading part of a matrix [rows, columns] as factors of the stored type.
 
-        Fused experts are decomposed one by one. Raises InputError where fp16 overflows.
+        `metrics`, one for each block of rows, say what leads. Fused experts are decomposed one by one. Raises InputError where fp16 overflows.
         """
         experts, out_features, in_features = _stack(info)
         if info.role is not Role.EXPERTS:
-            found = truncated_svd(matrix, rank, seed=self.seed, name=info.name)
-            return self._stored(*found.balanced(), info)
+            if metrics is not None and len(metrics) > 1:
+                metrics = [_shared(metrics)]
+            metric = None if metrics is None else metrics[0]
+            return self._stored(*self._leading(matrix, rank, info.name, metric), info)
         b = np.empty((experts, out_features, rank), np.float32)
         a = np.empty((experts, rank, in_features), np.float32)
         for e in range(experts):
             part = matrix[e * out_features : (e + 1) * out_features]
             name = f"{info.name}#{e}"
-            b[e], a[e] = truncated_svd(part, rank, seed=self.seed, name=name).balanced()
+            metric = None if metrics is None else metrics[e]
+            b[e], a[e] = self._leading(part, rank, name, metric)
         return self._stored(b, a, info)
+
+    def _leading(
+        self, matrix: Matrix, rank: int, name: str, metric: Metric | None
+    ) -> tuple[Matrix, Matrix]:
+        """(B, A) of the leading part of a matrix in a metric."""
+        if metric is None:
+            return truncated_svd(matrix, rank, seed=self.seed, name=name).balanced()
+        b, a = truncated_svd(metric.whiten(matrix), rank, seed=self.seed, name=name).balanced()
+        return balanced(b, metric.unwhiten(a))
 
     def _stored(self, b: Matrix, a: Matrix, info: TensorInfo) -> Factors:
         if self.factor_dtype == "int8":
@@ -228,6 +320,17 @@ class LowRank(Pass):
         """The limit on what `alternate` may do to the base, where there is one."""
         constrained = self.alternate and self.base_must_stand and not self.needs_adapter
         return {"base_error_at_most": BASE_STANDS} if constrained else {}
+
+
+def _loss(metrics: list[Metric], error: Matrix) -> float:
+    blocks = row_blocks(error.shape[0], len(metrics))
+    return sum(metrics[block].loss(error[rows]) for block, rows in blocks)
+
+
+def _shared(metrics: list[Metric]) -> Metric:
+    """One metric for factors that serve every group of a grouped convolution: their mean."""
+    moments = [np.diag(m.root**2) if m.root.ndim == 1 else m.root @ m.root.T for m in metrics]
+    return Metric.full(np.mean(moments, axis=0), damping=0.0)
 
 
 def _stack(info: TensorInfo) -> tuple[int, int, int]:

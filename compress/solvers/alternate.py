@@ -3,7 +3,7 @@
 Rounds of "quantize W - B A" and "decompose W - dequant(codes)" run from two starts: the codes
 that are there (LoftQ, arXiv:2310.08659, algorithm 1) and the leading part of W itself (PiSSA,
 arXiv:2404.02948, as QPiSSA). The best state seen is kept, the plain residual among them, so the
-result never loses to it.
+result never loses to it. Where the inputs are known, "best" is said of the layer's outputs.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class State:
 
     squared_error       of dequant(codes) + B A, with the factors as stored
     base_squared_error  of dequant(codes) alone
+    loss, base_loss     the same as they are weighed (`Problem.weigh`)
     rounds              alternations it took; 0: the codes as they were
     from_weights        whether it began with the leading part of W
     """
@@ -38,6 +39,8 @@ class State:
     factors: Factors
     squared_error: float
     base_squared_error: float
+    loss: float
+    base_loss: float
     rounds: int = 0
     from_weights: bool = False
 
@@ -50,22 +53,27 @@ class Problem:
     exact       places whose value is stored beside: no error there, whatever the codes say
     requantize  float32 matrix -> codes, under the tensor's mask
     factorise   float32 matrix -> rounded factors
+    weigh       float32 error -> what it costs; None: its squared norm
     """
 
     weights: Array
     exact: Places | None
     requantize: Callable[[Matrix], Codes]
     factorise: Callable[[Matrix], Factors]
+    weigh: Callable[[Matrix], float] | None = None
 
     def repair(self, codes: Codes, rounds: int = 0, from_weights: bool = False) -> State:
         """The factors of what the codes left over, measured as they are stored."""
         factors = self.factorise(self._residual(codes))
         base = codes.dequantize()  # again: held meanwhile it would cost as much as the residual
         self._set_exact(base, self.weights)
-        base_error = self._squared_error(base)
+        base_error = self._errors(base)
         factors.add_to(base)
         self._set_exact(base, self.weights)
-        return State(codes, factors, self._squared_error(base), base_error, rounds, from_weights)
+        error = self._errors(base)
+        return State(
+            codes, factors, error[0], base_error[0], error[1], base_error[1], rounds, from_weights
+        )
 
     def without(self, factors: Factors) -> Matrix:
         """W - B A: what is left for the codes; protected entries keep their value."""
@@ -75,11 +83,11 @@ class Problem:
         self._set_exact(product, self.weights)
         return product
 
-    def base_squared_error(self, codes: Codes) -> float:
-        """The squared error of the codes alone, protected entries exact."""
+    def base_loss(self, codes: Codes) -> float:
+        """What the codes alone cost, protected entries exact."""
         base = codes.dequantize()
         self._set_exact(base, self.weights)
-        return self._squared_error(base)
+        return self._errors(base)[1]
 
     def _residual(self, codes: Codes) -> Matrix:
         residual = codes.dequantize()
@@ -91,10 +99,14 @@ class Problem:
         if self.exact is not None:
             matrix[self.exact] = 0 if values is None else values[self.exact]
 
-    def _squared_error(self, decoded: Matrix) -> float:
+    def _errors(self, decoded: Matrix) -> tuple[float, float]:
+        """(squared error, loss)."""
         sums = np.zeros(2, np.float64)
         kernels.error_sums(self.weights, decoded, sums)
-        return float(sums[0])
+        error = float(sums[0])
+        if self.weigh is None:
+            return error, error
+        return error, self.weigh(np.subtract(self.weights, decoded, dtype=np.float32))
 
 
 def alternate(
@@ -102,8 +114,8 @@ def alternate(
 ) -> State:
     """The best of the plain residual and of `rounds` alternations from either start.
 
-    With `base_limit`, a state whose base alone has a larger squared error is not chosen: that
-    base must be usable without its adapter.
+    With `base_limit`, a state whose base alone has a larger loss is not chosen: that base must be
+    usable without its adapter.
     """
     best = problem.repair(codes)
     if rounds < 1:
@@ -114,13 +126,13 @@ def alternate(
     ):
         last = np.inf
         for state in states:
-            allowed = base_limit is None or state.base_squared_error <= base_limit
-            if allowed and state.squared_error < best.squared_error:
+            allowed = base_limit is None or state.base_loss <= base_limit
+            if allowed and state.loss < best.loss:
                 best = state
             # A start whose base cannot stand does not come back to one that can.
-            if not allowed or state.squared_error > last * (1 - _LEAST_GAIN):
+            if not allowed or state.loss > last * (1 - _LEAST_GAIN):
                 break
-            last = state.squared_error
+            last = state.loss
     return best
 
 
