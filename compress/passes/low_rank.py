@@ -276,7 +276,8 @@ class LowRank(Pass):
     ) -> Factors:
         """The leading part of a matrix [rows, columns] as factors of the stored type.
 
-        `metrics`, one for each block of rows, say what leads. Fused experts are decomposed one by one. Raises InputError where fp16 overflows.
+        `metrics`, one for each block of rows, say what leads. Fused experts are decomposed one by
+        one. Raises InputError where fp16 overflows.
         """
         experts, out_features, in_features = _stack(info)
         if info.role is not Role.EXPERTS:
