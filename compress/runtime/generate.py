@@ -14,6 +14,7 @@ from compress.run import peak_memory
 from compress.runtime.architecture import require_transformers
 from compress.runtime.loading import load
 from compress.runtime.memory import packed_bytes, resident_bytes
+from compress.runtime.tokenizer import load_tokenizer
 
 Write = Callable[[str], None]
 
@@ -47,7 +48,7 @@ def generate_text(
         )
     transformers = require_transformers()
     quiet(transformers)
-    tokenizer = _tokenizer(transformers, path)
+    tokenizer = load_tokenizer(path)
     started = time.perf_counter()
     model = load(path, precision=precision, threads=threads)
     load_seconds = time.perf_counter() - started
@@ -124,24 +125,6 @@ def _generate(
             tokenizer=tokenizer,  # for stop strings
             streamer=streamer,
         )
-
-
-def _tokenizer(transformers: Any, path: Path) -> Any:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-             "vocab.txt", "spiece.model")  # fmt: skip
-    if not any((path / name).is_file() for name in names):
-        raise InputError(
-            f"{show(str(path))}: no tokenizer",
-            hint="copy the model's tokenizer.json and tokenizer_config.json there",
-        )
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise InputError(
-            f"{show(str(path))}: the tokenizer does not load: {show(str(error), 200)}"
-        ) from error
 
 
 class _Streamer:
