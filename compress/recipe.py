@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import InputError, UsageError, show
+from compress.evaluate.metrics import METRICS
 from compress.passes import pass_classes
 from compress.passes.base import Pass, option_fields
 
@@ -21,14 +22,7 @@ MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 32
 FORMATS = ("auto", "compressed-tensors", "native", "dense")
 UNTOUCHED = ("keep", "bf16", "fp16")
-GATE_METRICS = (
-    "relative_error",
-    "max_relative_error",
-    "bytes",
-    "bits_per_weight",
-    "bits_per_weight_total",
-    "sparsity",
-)
+GATE_METRICS = tuple(METRICS)
 _COMPARISONS = {">": operator.gt, "<": operator.lt}
 
 
@@ -43,7 +37,7 @@ class Gate:
     @classmethod
     def parse(cls, text: str) -> Gate:
         """`metric>value`, as `--fail-if` takes it. Raises UsageError."""
-        match = re.fullmatch(r"\s*([a-z_]+)\s*([<>])\s*([^\s<>=]+)\s*", text)
+        match = re.fullmatch(r"\s*([a-z][a-z0-9_]*)\s*([<>])\s*([^\s<>=]+)\s*", text)
         if match is None:
             raise UsageError(
                 f"--fail-if {show(text)}: expected metric>value, e.g. relative_error>0.1"
@@ -73,6 +67,15 @@ class Gate:
 
     def __str__(self) -> str:
         return f"{self.metric}{self.comparison}{self.value:g}"
+
+
+def failed_gates(gates: Iterable[Gate], metrics: Mapping[str, float]) -> list[str]:
+    """One line for every gate that fails."""
+    return [
+        f"{gate.metric} is {metrics[gate.metric]:.6g}, the gate fails at {gate}"
+        for gate in gates
+        if gate.fails(metrics)
+    ]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ from rich.text import Text
 from compress import __version__
 from compress.checkpoint.writer import nbytes_of
 from compress.errors import show
+from compress.evaluate.show import print_figures
 from compress.layout import Layout, specs_of
 from compress.plan import Plan
-from compress.recipe import Gate
+from compress.recipe import Gate, failed_gates
 from compress.tiles import TensorPlan
 from compress.work import Sums
 
@@ -33,9 +34,11 @@ class Report:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metric name -> value, for every name in `recipe.GATE_METRICS`."""
+        """Metric name -> value: what the run itself tells, and what an evaluation computed."""
         totals = self.body["totals"]
-        return {
+        evaluation = self.body["evaluation"]
+        evaluated: dict[str, float] = {} if evaluation is None else evaluation["metrics"]
+        return evaluated | {
             "relative_error": totals["relative_error"],
             "max_relative_error": totals["max_relative_error"],
             "bytes": float(totals["bytes_after"]),
@@ -46,11 +49,7 @@ class Report:
 
     def failed(self, gates: tuple[Gate, ...]) -> list[str]:
         """One line for every gate that fails."""
-        return [
-            f"{gate.metric} is {self.metrics[gate.metric]:.6g}, the gate fails at {gate}"
-            for gate in gates
-            if gate.fails(self.metrics)
-        ]
+        return failed_gates(gates, self.metrics)
 
     def to_json(self) -> bytes:
         """The document as JSON (no NaN: a figure that does not exist is null)."""
@@ -107,8 +106,10 @@ def build(
     *,
     seconds: float,
     peak_memory: int,
+    evaluation: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
 ) -> Report:
-    """The whole document of a finished run."""
+    """The whole document of a finished run; `warnings` beside those of the plan."""
     changed = [r for r in rows if r["changed"]]
     size = {t.info.name: t.info.size for t in plan.tensors}
     targeted = sum(size[r["name"]] for r in changed)
@@ -145,7 +146,8 @@ def build(
             "totals": totals,
             "verdict": _verdict(plan, totals, changed),
             "notes": [*plan.notes, *_format_notes(plan)],
-            "warnings": list(plan.warnings),
+            "warnings": [*plan.warnings, *warnings],
+            "evaluation": evaluation,
             "left_alone": [_left_alone(i) for i in plan.left_alone],
             "files": layout.sizes(),
             "tensors": rows,
@@ -193,6 +195,8 @@ def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
             f"{totals['seconds']:.1f} s, peak memory {human(totals['peak_memory'])}"
         )
     )
+    if body["evaluation"] is not None:
+        print_figures(body["evaluation"], console)
     console.print(Text(body["verdict"]))
     for note in body["notes"]:
         console.print(Text(f"note: {note}"))

@@ -80,6 +80,34 @@ def text_ids(
     return _finished(kind, rows, raw, path, model, settings)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A whole text as token ids, before it is cut.
+
+    ids     int32 [tokens], with nothing around them
+    before  what the tokenizer puts before a text
+    length  of a sample, checked against the model's positions
+    """
+
+    ids: NDArray[np.int32]
+    before: tuple[int, ...]
+    length: int
+    file_sha256: str
+
+
+def text_stream(path: Path, model: Checkpoint, *, length: int | None = None) -> Stream:
+    """A UTF-8 text as one stream, for windows that overlap. Raises as `text_ids` does."""
+    raw, text = _read(path)
+    tokenizer = _Tokenizer(model)
+    ids = np.array(tokenizer.encode([text])[0], np.int32)
+    if not ids.size:
+        raise UsageError(f"{show(str(path))}: 0 tokens", hint="give a text to read")
+    whole = Inputs("text", {IDS: ids[None]}, "", "")
+    check_vocabulary(whole, vocabulary_of(model.config), str(path))
+    before = tokenizer.before
+    return Stream(ids, before, tokenizer.check(length, path), hashlib.sha256(raw).hexdigest())
+
+
 def sentence_ids(
     path: Path,
     model: Checkpoint,
@@ -176,6 +204,11 @@ class _Tokenizer:
         self._config = model.config
         self._ends = self._find_ends()
         self.around = len(self._ends.before) + len(self._ends.behind)
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """Ids that come before a text."""
+        return self._ends.before
 
     def check(self, length: int | None, path: Path) -> int:
         """The length of a sample. Raises UsageError where the model cannot take it."""

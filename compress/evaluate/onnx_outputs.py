@@ -1,0 +1,169 @@
+"""The engine for .onnx files: inputs by the session's own names, types and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compress.errors import InputError, UsageError, show
+from compress.evaluate.outputs import EMBEDDINGS, LOGITS, Inputs, Runner, Step, no_step
+from compress.tensor import Array
+
+_TYPES: dict[str, Any] = {
+    "tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_,
+    "tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+}  # fmt: skip
+_IDS = "input_ids"
+# What exporters call the output that holds a vector for every token.
+_HIDDEN = (EMBEDDINGS, "hidden_states", "token_embeddings")
+
+
+class Onnx(Runner):
+    """A decoder, an encoder or a classifier as a .onnx file, on the CPU."""
+
+    name = "onnx"
+
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        self._where = str(path)
+        self._errors: tuple[type[Exception], ...] = tuple(
+            kind
+            for kind in vars(state).values()
+            if isinstance(kind, type) and issubclass(kind, Exception)
+        ) + (RuntimeError, ValueError)
+        self.version = onnxruntime.__version__
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except self._errors as error:
+            raise InputError(
+                f"{show(self._where)}: onnxruntime does not load it: {show(str(error), 200)}"
+            ) from error
+        self.inputs = {i.name: i for i in self.session.get_inputs()}
+        self.outputs = [o.name for o in self.session.get_outputs()]
+
+    def require_decoder(self) -> None:
+        """Raises InputError where no output can be the logits of a decoder."""
+        if _IDS not in self.inputs or LOGITS not in self.outputs:
+            raise InputError(
+                f"{show(self._where)}: no decoder: inputs {_names(self.inputs)}, outputs"
+                f" {_names(self.outputs)}",
+                hint=f"--text needs a graph from {_IDS} to {LOGITS}",
+            )
+
+    def run(
+        self, inputs: Sequence[Inputs], wanted: str = LOGITS, step: Step = no_step
+    ) -> Iterator[torch.Tensor]:
+        """The wanted output for each input."""
+        name = self._output(wanted)
+        for one in inputs:
+            feed = self._feed(one)
+            try:
+                values = self.session.run([name], feed)[0]
+            except self._errors as error:
+                raise InputError(
+                    f"{show(self._where)}: onnxruntime cannot run it on this data:"
+                    f" {show(str(error), 200)}",
+                    hint="see the shapes and ids of the data, and how long a sequence may be",
+                ) from error
+            yield torch.from_numpy(np.asarray(values, np.float32))
+            step()
+
+    def facts(self) -> dict[str, Any]:
+        """Engine and versions, for the record."""
+        return super().facts() | {"onnxruntime": self.version}
+
+    def _output(self, wanted: str) -> str:
+        names = (LOGITS,) if wanted == LOGITS else _HIDDEN
+        found = next((name for name in names if name in self.outputs), None)
+        if found is None and _IDS not in self.inputs and wanted == LOGITS:
+            found = self.outputs[0]  # a classifier's one output has any name
+        if found is None:
+            raise InputError(
+                f"{show(self._where)}: no output called {' or '.join(names)} (there are"
+                f" {_names(self.outputs)})",
+                hint="export the model with it",
+            )
+        return found
+
+    def _feed(self, one: Inputs) -> dict[str, Array]:
+        """Every input that the graph asks for, in its own type."""
+        if _IDS not in one:
+            return self._image_feed(one)
+        ids = np.asarray(one[_IDS])
+        known: dict[str, Array] = {
+            _IDS: ids,
+            "attention_mask": np.asarray(one.get("attention_mask", np.ones_like(ids))),
+            "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape),
+            "token_type_ids": np.asarray(one.get("token_type_ids", np.zeros_like(ids))),
+            "use_cache_branch": np.zeros(1, bool),
+        }
+        feed = {}
+        for name, spec in self.inputs.items():
+            if name in known:
+                feed[name] = np.ascontiguousarray(known[name].astype(self._type(spec)))
+            elif name.startswith(("past_key_values", "past.", "past_key", "past_value")):
+                feed[name] = np.zeros(_empty_past(spec.shape, len(ids)), self._type(spec))
+            else:
+                raise UsageError(
+                    f"{show(self._where)}: it wants an input {show(name)}, which nothing here"
+                    " gives",
+                    hint=f"inputs that are known: {', '.join(known)}, past_key_values.*",
+                )
+        return feed
+
+    def _image_feed(self, one: Inputs) -> dict[str, Array]:
+        if len(self.inputs) != 1:
+            raise UsageError(
+                f"{show(self._where)}: it has {len(self.inputs)} inputs"
+                f" ({_names(self.inputs)}), a classifier has one",
+                hint="use --text or --pairs for models of text",
+            )
+        ((name, spec),) = self.inputs.items()
+        images = np.asarray(next(iter(one.values())))
+        fixed = [n if isinstance(n, int) else None for n in spec.shape]
+        fits = len(fixed) == images.ndim and all(
+            n is None or n == m for n, m in zip(fixed[1:], images.shape[1:], strict=False)
+        )
+        if not fits:
+            raise InputError(
+                f"{show(self._where)}: images of the shape {list(images.shape[1:])} do not fit its"
+                f" input {show(name)} {list(spec.shape)}",
+                hint="the first axis counts the images",
+            )
+        return {name: np.ascontiguousarray(images.astype(self._type(spec)))}
+
+    def _type(self, spec: Any) -> Any:
+        if spec.type not in _TYPES:
+            raise InputError(
+                f"{show(self._where)}: input {show(spec.name)} is {show(spec.type)}, which numpy"
+                " has not",
+                hint="export the model with float32 or float16 inputs",
+            )
+        return _TYPES[spec.type]
+
+
+def _empty_past(shape: Sequence[Any], samples: int) -> list[int]:
+    """The shape of a cache of no tokens: [batch, heads, 0, width] with open sizes closed."""
+    closed = []
+    for axis, size in enumerate(shape):
+        if isinstance(size, int):
+            closed.append(size)
+        else:
+            closed.append(samples if axis == 0 else 0)
+    return closed
+
+
+def _names(names: Any) -> str:
+    return ", ".join(show(name, 40) for name in list(names)[:8])
