@@ -9,18 +9,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress import __version__
+from compress import __version__, evaluation_commands
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
-from compress.terminal import console, emit, progress_bar, stream
+from compress.options import (
+    EvalImages,
+    EvalPairs,
+    EvalSamples,
+    EvalText,
+    EvalWindow,
+    FailIf,
+    Json,
+    Module,
+    Pickle,
+    ReportFile,
+)  # fmt: skip
+from compress.terminal import (
+    console,
+    emit,
+    leave_threads_to_torch,
+    limit_threads,
+    progress_bar,
+    stream,
+)
 
 if TYPE_CHECKING:
+    from compress.checkpoint import Checkpoint
+    from compress.evaluate.data import Request
+    from compress.evaluate.finished import Evaluation
     from compress.plan import Options, Plan
     from compress.recipe import Recipe
 
-# One BLAS thread a tensor: the tool's own pool runs over tensors, and sums keep one order. (numpy,
-# which reads this, is imported later.)
-_ONE_THREAD = [n for n in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if n not in os.environ]
-os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+# --eval-text, --eval-pairs, --eval-images, --eval-window, --eval-samples
+EvaluateOn = tuple[Path | None, Path | None, Path | None, int | None, int | None]
+
+limit_threads()
 
 app = typer.Typer(
     name="compress",
@@ -43,10 +65,6 @@ Model = Annotated[
     Path, typer.Argument(help="A checkpoint: a directory or a weight file.", metavar="MODEL")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The output directory.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Pickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Read .pt/.pth/.th/.bin files, in a limited child.")
-]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="A recipe (YAML) instead of PASS words.")
 ]
@@ -68,13 +86,6 @@ Threads = Annotated[int, typer.Option(help="Threads; 0 = as torch decides.", min
 Jobs = Annotated[int, typer.Option(help="Threads; 0 = one a processor.", min=0, max=1024)]
 Memory = Annotated[str, typer.Option(help="Budget for tensors in flight, e.g. 2GB.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of random numbers.", min=0)]
-FailIf = Annotated[
-    list[str] | None,
-    typer.Option("--fail-if", help='A gate, e.g. "relative_error>0.1"; exit 4 when it holds.'),
-]
-ReportFile = Annotated[
-    Path | None, typer.Option("--report", help="Write the report (JSON) here, gate or not.")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing OUT.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 NoFsync = Annotated[
@@ -112,6 +123,12 @@ def run(
     no_fsync: NoFsync = False,
     content_hash: ContentHash = False,
     max_shard_size: Shard = "5GB",
+    eval_text: EvalText = None,
+    eval_pairs: EvalPairs = None,
+    eval_images: EvalImages = None,
+    eval_window: EvalWindow = None,
+    eval_samples: EvalSamples = None,
+    module: Module = None,
     json: Json = False,
 ) -> None:
     """Compress a checkpoint: the main job."""
@@ -130,6 +147,8 @@ def run(
         allow_pickle=allow_pickle,
         fsync=not no_fsync,
         content_hash=content_hash,
+        evaluate_on=(eval_text, eval_pairs, eval_images, eval_window, eval_samples),
+        module=module,
         json=json,
     )
 
@@ -249,7 +268,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue a text with a compressed model, from its packed weights."""
-    _leave_threads_to_torch()
+    leave_threads_to_torch()
     from compress.runtime.generate import generate_text, summary
 
     body = generate_text(
@@ -281,7 +300,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure a compressed model here: tokens a second, memory, each layer."""
-    _leave_threads_to_torch()
+    leave_threads_to_torch()
     from compress.runtime.bench import bench_model, print_bench
 
     body = bench_model(
@@ -298,6 +317,9 @@ def kernels(json: Json = False) -> None:
     found = module.backend()
     body = {"backend": found.name, "isa": found.isa, "reason": found.reason}
     emit(body, json, lambda: typer.echo(f"{found.name} ({found.isa}): {found.reason}"))
+
+
+app.command("eval")(evaluation_commands.evaluate)
 
 
 @app.callback(invoke_without_command=True)
@@ -326,12 +348,6 @@ def main() -> None:
             raise
         message = f"internal error: {type(error).__name__}: {show(str(error), 200)}"
         _fail(CompressError(message, hint="COMPRESS_DEBUG=1 shows where; please report it"))
-
-
-def _leave_threads_to_torch() -> None:
-    """Undo the limit above before torch is imported: a model runs on all of torch's threads."""
-    for name in _ONE_THREAD:
-        os.environ.pop(name, None)
 
 
 def _job(words: list[str], recipe_file: Path | None, seed: int | None) -> tuple[Path, Recipe]:
@@ -408,11 +424,14 @@ def _run(
     fsync: bool,
     content_hash: bool,
     json: bool,
+    evaluate_on: EvaluateOn = (None, None, None, None, None),
+    module: str | None = None,
 ) -> None:
     from dataclasses import replace
 
     from compress.checkpoint import open_checkpoint
     from compress.checkpoint.destination import check_out
+    from compress.evaluate.metrics import require
     from compress.plan import make_plan
     from compress.recipe import Gate
     from compress.report import print_report
@@ -420,16 +439,44 @@ def _run(
     from compress.run import run as run_plan
 
     job = replace(job, gates=(*job.gates, *(Gate.parse(text) for text in fail_if)))
+    request = _eval_request(evaluate_on)
+    kind = None if request is None else request.kind
+    require(job.gates, kind, reference=True, report=True)
+    options = replace(options, module=module)
     check_out(Path(os.path.abspath(out)), overwrite=overwrite)
     with open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint:
         made: Plan = make_plan(checkpoint, job, options)
+        evaluation = _evaluation(checkpoint, request, options)
         for warning in made.warnings:
             if json:
                 typer.echo(f"warning: {warning}", err=True)
-        settings = RunOptions(overwrite, resume, fsync, report, content_hash, job.gates)
+        settings = RunOptions(overwrite, resume, fsync, report, content_hash, job.gates, evaluation)
         with progress_bar() as progress:
             result = run_plan(made, out, settings, progress)
     emit(result.body, json, lambda: print_report(result, console()), raw=result.to_json)
+
+
+def _eval_request(given: EvaluateOn) -> Request | None:
+    """What the --eval options ask for; torch is only imported where they ask for something."""
+    text, pairs, images, window, samples = given
+    if all(value is None for value in given):
+        return None
+    import numpy  # noqa: F401 (its BLAS keeps the one thread that it was started with)
+
+    leave_threads_to_torch()
+    from compress.evaluate.data import request_of
+
+    return request_of(text, pairs, images, window=window, samples=samples)
+
+
+def _evaluation(
+    checkpoint: Checkpoint, request: Request | None, options: Options
+) -> Evaluation | None:
+    if request is None:
+        return None
+    from compress.evaluate.finished import Evaluation
+
+    return Evaluation(checkpoint, request, module=options.module, threads=options.workers)
 
 
 def _register_one_pass_commands(arguments: list[str]) -> None:

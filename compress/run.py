@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from compress.spills import Spill, join
 from compress.tiles import TensorPlan, Tile, cut
 from compress.work import Packed, Sums, work_on
 
+if TYPE_CHECKING:
+    from compress.evaluate.finished import Evaluation
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -45,6 +48,7 @@ class RunOptions:
     report_file: Path | None = None
     content_hash: bool = False
     gates: tuple[Gate, ...] = ()
+    evaluation: Evaluation | None = None  # of the finished stage, before it is published
 
 
 def run(plan: Plan, out: Path, options: RunOptions, progress: Progress = silent) -> Report:
@@ -103,8 +107,17 @@ def _fill(
         files[name] = stage.write_file(name, content)
     for name in layout.copies:
         files[name] = stage.copy_file(name, plan.checkpoint.open_sidecar(name))
-    seconds = time.perf_counter() - started
-    result = report.build(plan, layout, rows, seconds=seconds, peak_memory=peak_memory())
+    seconds, peak = time.perf_counter() - started, peak_memory()
+    evaluated, warnings = _evaluate(plan, stage, options, progress)
+    result = report.build(
+        plan,
+        layout,
+        rows,
+        seconds=seconds,
+        peak_memory=peak,
+        evaluation=evaluated,
+        warnings=warnings,
+    )
     _check_gates(result, options)
     files["report.json"] = stage.write_file("report.json", result.to_json())
     source: dict[str, Any] = {"fingerprint": plan.checkpoint.fingerprint()}
@@ -122,6 +135,19 @@ def _fill(
     )
     stage.write_file(manifest.NAME, body)
     return result
+
+
+def _evaluate(
+    plan: Plan, stage: Stage, options: RunOptions, progress: Progress
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The output's figures on data, and what to say of that data; nothing without data."""
+    if options.evaluation is None:
+        return None, []
+    calibration = None if plan.statistics is None else dict(plan.statistics.record.data)
+    return (
+        options.evaluation.run(stage.path, progress),
+        options.evaluation.warnings(calibration),
+    )
 
 
 def _check_gates(result: Report, options: RunOptions) -> None:

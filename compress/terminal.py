@@ -5,12 +5,32 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from compress.run import Progress
+
+
+_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_limited: list[str] = []
+
+
+def limit_threads() -> None:
+    """One BLAS thread a tensor: the tool's own pool runs over tensors, and sums keep one order.
+
+    numpy, which reads this, is imported later. What the user set stays.
+    """
+    _limited.extend(name for name in _THREADS if name not in os.environ)
+    os.environ.update(dict.fromkeys(_limited, "1"))
+
+
+def leave_threads_to_torch() -> None:
+    """Undo the limit before torch is imported: a model runs on all of torch's threads."""
+    for name in _limited:
+        os.environ.pop(name, None)
 
 
 def emit(
@@ -31,6 +51,19 @@ def emit(
         sys.stdout.flush()
     except BrokenPipeError:
         _stop_writing()
+
+
+def write_json(body: Any, path: Path) -> None:
+    """The document that `emit` prints, in a file. Raises ResourceError."""
+    import json as codec
+
+    from compress.errors import from_os_error
+    from compress.report import without_nan
+
+    try:
+        path.write_text(codec.dumps(without_nan(body), indent=1) + "\n")
+    except OSError as error:
+        raise from_os_error(error, doing="cannot write the report") from error
 
 
 def stream(text: str) -> None:

@@ -61,6 +61,41 @@ class Request:
             )
 
 
+def request_of(
+    text: Path | None,
+    pairs: Path | None,
+    images: Path | None,
+    *,
+    window: int | None = None,
+    samples: int | None = None,
+) -> Request | None:
+    """The one request of --eval-text, --eval-pairs and --eval-images, None where none is given."""
+    given = [
+        (kind, path)
+        for kind, path in (("text", text), ("pairs", pairs), ("images", images))
+        if path is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(
+            f"--eval-{given[0][0]} and --eval-{given[1][0]}: a model is evaluated on one of them",
+            hint="give one here, and use compress eval for the other",
+        )
+    if not given:
+        if window is not None or samples is not None:
+            raise UsageError(
+                "--eval-window and --eval-samples need data", hint="add --eval-text FILE"
+            )
+        return None
+    kind, path = given[0]
+    ids = kind == TEXT and path.suffix.lower() == ".npy"
+    request = Request(kind, path, ids=ids, window=window, samples=samples)
+    try:
+        request.validate()
+    except UsageError as error:
+        raise UsageError(f"--eval{error.message[1:]}", hint=error.hint) from error
+    return request
+
+
 @dataclass(frozen=True)
 class TextData:
     """Sequences of a decoder."""

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from compress.errors import InputError, UsageError, show
-from compress.evaluate.outputs import EMBEDDINGS, LOGITS, Inputs, Runner, Step, no_step
+from compress.evaluate.outputs import (
+    EMBEDDINGS,
+    LOGITS,
+    Inputs,
+    Runner,
+    Step,
+    image_values,
+    no_step,
+)
 from compress.tensor import Array
 
 _TYPES: dict[str, Any] = {
@@ -33,11 +41,12 @@ class Onnx(Runner):
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
         self._where = str(path)
-        self._errors: tuple[type[Exception], ...] = tuple(
-            kind
-            for kind in vars(state).values()
-            if isinstance(kind, type) and issubclass(kind, Exception)
-        ) + (RuntimeError, ValueError)
+        own = [kind for kind in vars(state).values() if isinstance(kind, type)]
+        self._errors: tuple[type[Exception], ...] = (
+            RuntimeError,
+            ValueError,
+            *(kind for kind in own if issubclass(kind, Exception)),
+        )
         self.version = onnxruntime.__version__
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -131,7 +140,7 @@ class Onnx(Runner):
                 hint="use --text or --pairs for models of text",
             )
         ((name, spec),) = self.inputs.items()
-        images = np.asarray(next(iter(one.values())))
+        images = self._images(spec, np.asarray(next(iter(one.values()))))
         fixed = [n if isinstance(n, int) else None for n in spec.shape]
         fits = len(fixed) == images.ndim and all(
             n is None or n == m for n, m in zip(fixed[1:], images.shape[1:], strict=False)
@@ -143,6 +152,13 @@ class Onnx(Runner):
                 hint="the first axis counts the images",
             )
         return {name: np.ascontiguousarray(images.astype(self._type(spec)))}
+
+    def _images(self, spec: Any, images: Array) -> Array:
+        """Images as the graph takes them: bytes as they are, else 0 to 1 with channels first."""
+        channels_last = len(spec.shape) == 4 and spec.shape[3] == images.shape[3]
+        if spec.type == "tensor(uint8)":
+            return images if channels_last else images.transpose(0, 3, 1, 2)
+        return image_values(images)
 
     def _type(self, spec: Any) -> Any:
         if spec.type not in _TYPES:

@@ -95,7 +95,7 @@ class Decoded(Runner):
 
     def require_decoder(self) -> None:
         """Raises InputError where the model is known not to predict the next token."""
-        _require_decoder(self.model, self._where)
+        require_decoder(self.model, self._where)
 
     def run(
         self, inputs: Sequence[Inputs], wanted: str = LOGITS, step: Step = no_step
@@ -165,7 +165,7 @@ class Kernels(Runner):
 
     def require_decoder(self) -> None:
         """Raises InputError where the model is known not to predict the next token."""
-        _require_decoder(self.model, self._where)
+        require_decoder(self.model, self._where)
 
     def run(
         self, inputs: Sequence[Inputs], wanted: str = LOGITS, step: Step = no_step
@@ -190,7 +190,11 @@ class Kernels(Runner):
 
 
 class Module(Runner):
-    """A user's own torch module: it is called with the first input alone, and returns logits."""
+    """A user's own torch module: it is called with the first input alone, and returns logits.
+
+    Images come as float32 [n, channels, height, width] from 0 to 1; what a model subtracts and
+    divides by is the module's own business.
+    """
 
     name = "module"
 
@@ -203,9 +207,19 @@ class Module(Runner):
         """The wanted output for each input."""
         for one in inputs:
             with torch.no_grad(), _explained(self.module, self._where):
-                output = self.module(next(iter(_tensors(one).values())))
+                output = self.module(_first(one))
             yield _pick(output, wanted, self.module, self._where)
             step()
+
+
+def image_values(images: Array) -> Array:
+    """Images uint8 [n, height, width, channels] as float32 [n, channels, height, width], 0 to 1."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255))
+
+
+def _first(inputs: Inputs) -> torch.Tensor:
+    name, values = next(iter(inputs.items()))
+    return torch.from_numpy(image_values(values) if name == "images" else values)
 
 
 def _tensors(inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -231,7 +245,8 @@ def _pick(output: Any, wanted: str, model: Any, where: str) -> torch.Tensor:
     )
 
 
-def _require_decoder(model: Any, where: str) -> None:
+def require_decoder(model: Any, where: str) -> None:
+    """Refuse (InputError) a transformers model that does not predict the next token."""
     if not model.can_generate():
         raise InputError(
             f"{show(where)}: {type(model).__name__} does not predict the next token, so a text has"

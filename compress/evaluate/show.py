@@ -61,7 +61,7 @@ def described(body: Mapping[str, Any]) -> str:
 
 def _short(name: str, title: str) -> str:
     """A figure's name within its line: without the title's first word."""
-    word = title.split()[0]
+    word = title.partition(" ")[0]
     if name == word:
         return ""
     return name.removeprefix(f"{word}_") + " "
