@@ -1,4 +1,4 @@
-"""Tensors that belong together: sets that engines fuse into one matrix, and gated MLPs."""
+"""Tensors that belong together: sets that engines fuse into one matrix, and MLPs."""
 
 from __future__ import annotations
 
@@ -36,6 +36,18 @@ _GATED: tuple[tuple[str, str | None, str], ...] = (
     ("gate_up_proj", None, "down_proj"),
     ("gate_and_up", None, "down"),
     ("Wi", None, "Wo"),
+)
+# (first, second) of an MLP without a gate, by names relative to their common parent.
+_PLAIN = (
+    ("fc1", "fc2"),
+    ("c_fc", "c_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("intermediate.dense", "output.dense"),
+    ("up_proj", "down_proj"),
+    ("fc_in", "fc_out"),
+    ("lin1", "lin2"),
+    ("linear1", "linear2"),
+    ("ffn", "ffn_output"),
 )
 _NUMBER = re.compile(r"(?:^|\.)([0-9]+)(?:\.|$)")
 
@@ -91,6 +103,28 @@ def gated_mlps(infos: Sequence[TensorInfo]) -> list[GatedMlp]:
             if up is not None and up.shape == gate.shape and gate.shape[0] == width:
                 found.append(GatedMlp(layer, gate.name, up.name, down.name))
     return found
+
+
+def down_projections(infos: Sequence[TensorInfo]) -> dict[str, int]:
+    """Second matrices of the MLPs, gated or not, with their layers, in the checkpoint's order.
+
+    The layer is the first number in the name, -1 without one.
+    """
+    shapes = {
+        info.module: info.matrix_shape
+        for info in infos
+        if info.role in (Role.LINEAR, Role.CONV1D) and len(info.shape) == 2
+    }
+    found = {mlp.down: mlp.layer for mlp in gated_mlps(infos)}
+    for info in infos:
+        for first, second in _PLAIN:
+            parent = info.module.removesuffix(second)
+            if info.module not in shapes or parent == info.module or parent[-1:] not in ("", "."):
+                continue
+            if shapes.get(parent + first) == shapes[info.module][::-1]:
+                number = _NUMBER.search(info.module)
+                found[info.name] = int(number[1]) if number else -1
+    return {info.name: found[info.name] for info in infos if info.name in found}
 
 
 def _linear_children(infos: Sequence[TensorInfo]) -> dict[str, dict[str, TensorInfo]]:

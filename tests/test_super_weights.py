@@ -14,7 +14,8 @@ from compress.passes import published_super_weights
 from compress.passes.base import Context, Terms
 from compress.passes.prune import Prune
 from compress.passes.published_super_weights import PUBLISHED, Published, candidates
-from compress.passes.super_weights import Entry, SuperWeights
+from compress.passes.super_weight_entries import Entry
+from compress.passes.super_weights import SuperWeights
 from compress.solvers import massive_columns
 from compress.tensor import Array, Role, Tensor
 from compress.testing import check_pass, make_tensor, run_pass

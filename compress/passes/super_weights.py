@@ -5,11 +5,16 @@ neuron fires on the first token and writes one enormous value into the residual 
 one or a few entries of one column. Detection needs no data: three sweeps over the weights find the
 gated MLPs, the norms of the rows of gate and up, and what stands out in down. The rule and its
 constants: `compress.solvers.massive_columns`. Published and named places are kept as well.
+
+With a calibration's text they are found by running the model, in any MLP, gated or not:
+`compress.solvers.massive_activations` decides by the massive activations themselves. `auto` keeps
+what either finds; an entry's confidence says which did.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -18,8 +23,19 @@ import numpy as np
 
 from compress import kernels
 from compress.errors import InputError, UsageError, show
-from compress.passes.base import Context, Pass, Terms, option
+from compress.passes.base import Context, Outlook, Pass, Terms, option
+from compress.passes.forward_super_weights import INPUTS, can_run, check_effect, find
 from compress.passes.published_super_weights import candidates
+from compress.passes.super_weight_entries import (
+    FORWARD,
+    NAMED,
+    PUBLISHED,
+    SCORE,
+    Entry,
+    layer_of,
+    parse,
+    plain,
+)
 from compress.roles import GatedMlp, gated_mlps
 from compress.solvers import massive_columns
 from compress.solvers.massive_columns import F64, Columns, Layer
@@ -30,23 +46,10 @@ PUBLISHED_RANK = 64  # a published place must hold one of this many largest scor
 # Last parts of the names a gated MLP's down projection goes by: for estimates before the headers
 # were looked at together. What is searched is decided by `gated_mlps`.
 _DOWN = re.compile(r"(?:^|.*\.)(?:down_proj|down|w2|wo|Wo)(?:\.weight)?")
-
-SCORE, PUBLISHED, NAMED = "score", "published", "named"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One accepted weight. What was not measured is None."""
-
-    tensor: str
-    layer: int
-    row: int
-    column: int
-    confidence: str
-    value: float | None = None
-    score: float | None = None  # A
-    ratio: float | None = None  # Z over its own layer's 8th largest
-    rank: int | None = None  # by score in its matrix, from 1
+_PLAIN_DOWN = re.compile(
+    r"(?:^|.*\.)(?:fc2|mlp\.c_proj|dense_4h_to_h|output\.dense|down_proj|fc_out|lin2|linear2"
+    r"|ffn_output)(?:\.weight)?"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class _Search:
     mlps: tuple[GatedMlp, ...]
     named: Mapping[str, tuple[tuple[int, int], ...]]
     reach: Mapping[str, F64] | None = None  # down projection -> f, float64 [columns]
+    forward: tuple[Entry, ...] = ()  # what running the model found
+    report: Mapping[str, Any] = field(default_factory=dict)  # on running the model
 
 
 @dataclass(frozen=True)
@@ -64,31 +69,40 @@ class SuperWeights(Pass):
 
     name: ClassVar[str] = "super-weights"
     writes: ClassVar[str] = "outliers"
-    roles: ClassVar[frozenset[Role]] = frozenset({Role.LINEAR})
+    roles: ClassVar[frozenset[Role]] = frozenset({Role.LINEAR, Role.CONV1D})
 
     method: str = option(
         "auto",
-        "how to find them: score (from weights alone), named (only coordinates), auto (score)",
-        choices=("auto", "score", "named"),
+        "how to find them: score (from weights alone), forward (by running the model on calibration"
+        " text), named (only coordinates), auto (score, and forward where there is a calibration)",
+        choices=("auto", "score", "forward", "named"),
     )
     coordinates: tuple[str, ...] = option(
         (), "protect these as well: layer:row:column of a down projection, or tensor:row:column"
     )
     max_per_layer: int = option(8, "accept at most this many of a layer", low=1, high=64)
-    published: bool = option(True, "also take published coordinates whose weight stands out")
+    published: bool = option(
+        True, "with score, also take published coordinates whose weight stands out"
+    )
+    causal: bool = option(
+        False,
+        "report what zeroing all that was found does to the output (KL), beside as many drawn from"
+        " the 100 largest of the same tensors; needs a calibration",
+    )
 
     # Written by `bind` and `decide`.
     in_scale: bool = field(default=False, repr=False, compare=False)
     search: _Search | None = field(default=None, repr=False, compare=False)
     entries: tuple[Entry, ...] | None = field(default=None, repr=False, compare=False)
     found: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    outlook: Outlook | None = field(default=None, repr=False, compare=False)
 
     # ------------------------------------------------------------ before any work
 
     def validate(self) -> None:
         """Raises UsageError for a malformed coordinate, or a method that needs some."""
         for text in self.coordinates:
-            _parse(text)
+            parse(text)
         if self.method == "named" and not self.coordinates:
             raise UsageError(
                 "super-weights: method=named needs coordinates",
@@ -113,7 +127,7 @@ class SuperWeights(Pass):
             downs.setdefault(mlp.layer, []).append(mlp.down)
         places: dict[str, set[tuple[int, int]]] = {}
         for text in self.coordinates:
-            where, row, column = _parse(text)
+            where, row, column = parse(text)
             if isinstance(where, int):
                 chosen = downs.get(where, [])
                 if len(chosen) != 1:
@@ -159,7 +173,8 @@ class SuperWeights(Pass):
                 passes=(*terms.passes, self.name),
             )
         most = len(self.coordinates)
-        if self.method != "named" and _DOWN.fullmatch(info.name):
+        gated, plain_ = _DOWN.fullmatch(info.name), _PLAIN_DOWN.fullmatch(info.name)
+        if (gated and self.method != "named") or (plain_ and self.method in ("auto", "forward")):
             most += self.max_per_layer
         most = min(most, info.size)
         if not most:
@@ -178,12 +193,27 @@ class SuperWeights(Pass):
     # ------------------------------------------------------------ surveys
 
     @property
+    def needs(self) -> frozenset[str]:
+        """The text itself, to run the model on."""
+        return frozenset({INPUTS}) if self.method == "forward" or self.causal else frozenset()
+
+    @property
+    def welcomes(self) -> frozenset[str]:
+        """The text, where there is any."""
+        return frozenset({INPUTS}) if self.method == "auto" else frozenset()
+
+    @property
     def wants_survey(self) -> bool:
-        """Three sweeps: find the MLPs (nothing is read), norms of gate and up, scores of down."""
+        """Three sweeps: find the MLPs (nothing is read), norms of gate and up, scores of down.
+
+        By running the model, the first is all.
+        """
         return self.entries is None
 
     def survey_bytes(self, infos: list[TensorInfo]) -> int:
         """Every gate, up and down projection once."""
+        if self.method in ("forward", "named"):
+            return 0
         names = {n for mlp in gated_mlps(infos) for n in (mlp.gate, mlp.up, mlp.down)}
         return sum(i.nbytes for i in infos if i.name in names) if self.wants_survey else 0
 
@@ -227,6 +257,10 @@ class SuperWeights(Pass):
                 joined[name] = joined[name] + later
         return joined
 
+    def foresee(self, outlook: Outlook) -> SuperWeights:
+        """Keep the outlook where the model may be run."""
+        return replace(self, outlook=outlook) if self.needs | self.welcomes else self
+
     def decide(self, statistic: Any, infos: list[TensorInfo]) -> SuperWeights:
         """The pass for the next sweep, or with its entries."""
         if self.search is None:
@@ -238,25 +272,41 @@ class SuperWeights(Pass):
                 for mlp in self.search.mlps
             }
             return replace(self, search=replace(self.search, reach=reach))
-        return self._accept(self.search, statistic or {})
+        return self._accept(self.search, statistic or {}, infos)
 
     def _start(self, infos: Sequence[TensorInfo]) -> SuperWeights:
         mlps = gated_mlps(infos)
         named = self._resolve(infos, mlps)
-        searched = () if self.method == "named" else tuple(mlps)
-        started = replace(self, search=_Search(searched, named))
+        forward: tuple[Entry, ...] = ()
+        report: dict[str, Any] = {}
+        if self.method == "forward":
+            forward, report = find(self.outlook, infos, self.max_per_layer)
+        elif self.method == "auto" and can_run(self.outlook):
+            try:
+                forward, report = find(self.outlook, infos, self.max_per_layer)
+            except UsageError as error:  # no stack of blocks, or another engine's model
+                report = {"not_run": error.message}
+        searched = () if self.method in ("named", "forward") else tuple(mlps)
+        started = replace(self, search=_Search(searched, named, forward=forward, report=report))
         if searched:
             return started
         layers = {mlp.down: mlp.layer for mlp in mlps}
-        entries = [
-            Entry(name, layers.get(name, _layer_of(name)), row, column, NAMED)
-            for name, places in named.items()
-            for row, column in places
-        ]
-        reason = "only named coordinates" if self.method == "named" else "no gated MLP"
-        return started._decided(entries, {"reason": reason, "layers_searched": 0})
+        found = {entry.key: entry for entry in forward}
+        for name, places in named.items():
+            for row, column in places:
+                one = Entry(name, layers.get(name, layer_of(name)), row, column, NAMED)
+                known = found.get(one.key)
+                found[one.key] = one if known is None else replace(known, confidence=NAMED)
+        facts: dict[str, Any] = {"layers_searched": 0}
+        if not forward:
+            facts["reason"] = report.get("reason") or (
+                "only named coordinates" if self.method == "named" else "no gated MLP"
+            )
+        return started._decided(list(found.values()), facts, infos)
 
-    def _accept(self, search: _Search, statistic: Mapping[str, Columns]) -> SuperWeights:
+    def _accept(
+        self, search: _Search, statistic: Mapping[str, Columns], infos: Sequence[TensorInfo]
+    ) -> SuperWeights:
         """Judge every layer against itself and the others."""
         layers = [
             _Judged(mlp, Layer.of(statistic[mlp.down], search.reach[mlp.down]))
@@ -264,19 +314,31 @@ class SuperWeights(Pass):
             if search.reach is not None and mlp.down in statistic
         ]
         background = float(np.median([one.layer.background for one in layers])) if layers else 0.0
-        found: dict[tuple[str, int, int], Entry] = {}
+        by_down = {one.mlp.down: one for one in layers}
+        by_forward = {entry.key: entry for entry in search.forward}
+        found = dict(by_forward)
+        for entry in search.forward:
+            if entry.tensor in by_down:
+                known = by_down[entry.tensor].entry(entry.row, entry.column, FORWARD)
+                found[entry.key] = replace(known, value=entry.value).with_forward(entry)
+        counts = Counter(entry.tensor for entry in search.forward)
         for one in layers:
             for row, column in one.layer.accepted(background, self.max_per_layer):
-                found[one.mlp.down, row, column] = one.entry(row, column, SCORE)
+                entry = one.entry(row, column, SCORE)
+                if entry.key in by_forward:
+                    found[entry.key] = entry.with_forward(by_forward[entry.key])
+                elif counts[entry.tensor] < self.max_per_layer:
+                    counts[entry.tensor] += 1
+                    found[entry.key] = entry
         if self.published:
             for entry in _published(layers):
-                found[entry.tensor, entry.row, entry.column] = entry
-        by_down = {one.mlp.down: one for one in layers}
+                if entry.key not in by_forward:
+                    found[entry.key] = entry
         for name, places in search.named.items():
             for row, column in places:
                 one_layer = by_down.get(name)
                 found[name, row, column] = (
-                    Entry(name, _layer_of(name), row, column, NAMED)
+                    Entry(name, layer_of(name), row, column, NAMED)
                     if one_layer is None
                     else one_layer.entry(row, column, NAMED)
                 )
@@ -287,18 +349,24 @@ class SuperWeights(Pass):
         place = None if strongest is None else strongest.layer.strongest()
         if strongest is not None and place is not None:
             entry = strongest.entry(*place, SCORE)
-            report["strongest"] = _plain(replace(entry, confidence="not accepted")) | {
+            report["strongest"] = plain(replace(entry, confidence="not accepted")) | {
                 "accepted": (entry.tensor, *place) in found,
                 "ratio_asked": massive_columns.MIN_OWN_RATIO,
                 "score_asked": massive_columns.MIN_SCORE,
             }
             del report["strongest"]["confidence"]
-        return self._decided(list(found.values()), report)
+        return self._decided(list(found.values()), report, infos)
 
-    def _decided(self, entries: Sequence[Entry], report: dict[str, Any]) -> SuperWeights:
+    def _decided(
+        self, entries: Sequence[Entry], report: dict[str, Any], infos: Sequence[TensorInfo]
+    ) -> SuperWeights:
         ordered = tuple(sorted(entries, key=lambda e: (e.layer, e.tensor, e.row, e.column)))
-        report = {"found": len(ordered), **report, "entries": [_plain(e) for e in ordered]}
-        return replace(self, search=None, entries=ordered, found=report)
+        report = {"found": len(ordered), **report, "entries": [plain(e) for e in ordered]}
+        if self.search is not None and self.search.report:
+            report["forward"] = dict(self.search.report)
+        if self.causal and ordered:
+            report["causal"] = check_effect(self.outlook, infos, ordered)
+        return replace(self, search=None, outlook=None, entries=ordered, found=report)
 
     # ------------------------------------------------------------ work
 
@@ -365,32 +433,3 @@ def _working(tensor: Tensor) -> Array:
             hint="such weights cannot be ranked: repair the checkpoint, or ignore this tensor",
         )
     return values
-
-
-def _parse(text: str) -> tuple[int | str, int, int]:
-    """`layer:row:column` or `tensor:row:column`. Raises UsageError."""
-    match = re.fullmatch(r"(.+):([0-9]{1,12}):([0-9]{1,12})", str(text).strip())
-    if match is None:
-        raise UsageError(
-            f"super-weights: coordinate {show(str(text))} is not layer:row:column "
-            "or tensor:row:column",
-            hint="e.g. 2:3968:7003 or model.layers.2.mlp.down_proj.weight:3968:7003",
-        )
-    where = match[1].strip()
-    layer = int(where) if re.fullmatch(r"[0-9]{1,6}", where) else where
-    return layer, int(match[2]), int(match[3])
-
-
-def _layer_of(name: str) -> int:
-    """The first number in a name, -1 without one."""
-    match = re.search(r"(?:^|\.)([0-9]+)\.", name)
-    return int(match[1]) if match else -1
-
-
-def _plain(entry: Entry) -> dict[str, Any]:
-    """An entry as JSON types, measurements rounded for reading."""
-    names = ("tensor", "layer", "row", "column", "value", "score", "ratio", "rank", "confidence")
-    plain = {name: getattr(entry, name) for name in names}
-    for name in ("score", "ratio"):
-        plain[name] = None if plain[name] is None else round(plain[name], 3)
-    return plain
