@@ -48,10 +48,7 @@ class Inputs:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each sample; 1 for an image."""
-        if IDS not in self.arrays:
-            return np.ones(self.samples, np.int64)
-        lengths: NDArray[np.int64] = (self.arrays[IDS] >= 0).sum(axis=1)
-        return lengths
+        return lengths_of(self.arrays)
 
     @property
     def tokens(self) -> int:
@@ -92,18 +89,33 @@ class Inputs:
         numbers  only these samples; all by default
         `input_ids` come as int64, which models take. Order: by length, then by number.
         """
-        lengths = self.lengths
-        by_length: dict[int, list[int]] = {}
-        for number in range(self.samples) if numbers is None else numbers:
-            by_length.setdefault(int(lengths[number]), []).append(number)
-        for length, members in sorted(by_length.items()):
-            step = max(1, tokens // max(1, length))
-            for start in range(0, len(members), step):
-                chosen = members[start : start + step]
-                arrays = {name: values[chosen] for name, values in self.arrays.items()}
-                if IDS in arrays:
-                    arrays[IDS] = arrays[IDS][:, :length].astype(np.int64)
-                yield chosen, arrays
+        return batches_of(self.arrays, tokens, numbers)
+
+
+def lengths_of(arrays: Mapping[str, Array]) -> NDArray[np.int64]:
+    """Tokens of each sample; 1 for an image."""
+    if IDS not in arrays:
+        return np.ones(len(next(iter(arrays.values()))), np.int64)
+    lengths: NDArray[np.int64] = (arrays[IDS] >= 0).sum(axis=1)
+    return lengths
+
+
+def batches_of(
+    arrays: Mapping[str, Array], tokens: int = 4096, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[list[int], dict[str, Array]]]:
+    """`Inputs.batches` of bare arrays, as a statistics file keeps them."""
+    lengths = lengths_of(arrays)
+    by_length: dict[int, list[int]] = {}
+    for number in range(len(lengths)) if numbers is None else numbers:
+        by_length.setdefault(int(lengths[number]), []).append(number)
+    for length, members in sorted(by_length.items()):
+        step = max(1, tokens // max(1, length))
+        for start in range(0, len(members), step):
+            chosen = members[start : start + step]
+            batch = {name: values[chosen] for name, values in arrays.items()}
+            if IDS in batch:
+                batch[IDS] = batch[IDS][:, :length].astype(np.int64)
+            yield chosen, batch
 
 
 def split(samples: int) -> tuple[list[int], list[int]]:

@@ -232,7 +232,12 @@ class Statistics:
         return values
 
     def inputs(self) -> dict[str, Array]:
-        """What the model was given, by name: `input_ids` int32 [samples, length], or `images`."""
+        """What the model was given, by name.
+
+        `input_ids` int32 [samples, longest], -1 beyond the end of a shorter sample; or `images`
+        uint8 [samples, height, width, channels], perhaps with `labels`.
+        `compress.calibrate.inputs.batches_of` makes batches without padding of them.
+        """
         return {
             name.removeprefix("inputs/"): self._checkpoint.read(info)
             for name, info in self._arrays.items()

@@ -65,7 +65,7 @@ class Stage:
         Raises BusyError where another run holds OUT, UsageError where OUT or the stage is not ours
         to replace or another `key` is to be resumed, ResourceError where the file system refuses.
         """
-        check_out(self.out, overwrite=self._overwrite)
+        self._check_out()
         try:
             with deferred():
                 self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +159,10 @@ class Stage:
                     os.close(self._lock_fd)
                 self._lock_fd = -1
 
+    def _check_out(self) -> None:
+        """Refuse an OUT that exists, or that is not ours to replace. Raises UsageError."""
+        check_out(self.out, overwrite=self._overwrite)
+
     def _lock(self) -> int:
         """Take the lock file; a holder that removed it meanwhile makes us try again."""
         while True:
@@ -191,7 +195,7 @@ class Stage:
                 )
             self._put_back()
             kept = resume and found.get("key") == key
-        check_out(self.out, overwrite=self._overwrite)  # again: nobody else can publish now
+        self._check_out()  # again: nobody else can publish now
         if found is None:
             self.folder.mkdir()
         self._claimed = True
@@ -216,7 +220,7 @@ class Stage:
         try:
             old = None
             if os.path.lexists(self.out):
-                check_out(self.out, overwrite=self._overwrite)
+                self._check_out()
                 old = replace(self.path, self.out, aside=self.folder / _OLD)
             else:
                 rename_new(self.path, self.out)

@@ -78,11 +78,21 @@ class BlockModel:
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """Modules of one block whose `weight` is a stored matrix, by the tensor's stored name."""
+        return self._linears(self._members[index], f"{self.prefix}.{index}.")
+
+    def outside_linears(self) -> dict[str, nn.Module]:
+        """The same of modules that are in no block: a pooler, a head of its own, projections."""
+        found = self._linears(self.model, "")
+        inside = {module for member in self._members for module in member.modules()}
+        return {name: module for name, module in found.items() if module not in inside}
+
+    def _linears(self, root: nn.Module, prefix: str) -> dict[str, nn.Module]:
         found = {}
-        for name, module in self._members[index].named_modules():
+        for name, module in root.named_modules():
             weight = module._parameters.get("weight")
-            stored = self.stored_name(f"{self.prefix}.{index}.{name}.weight")
-            if weight is not None and weight.ndim >= 2 and stored is not None:
+            stored = self.stored_name(f"{prefix}{name}.weight")
+            tabular = isinstance(module, (nn.Embedding, _RowReader))
+            if weight is not None and weight.ndim >= 2 and stored is not None and not tabular:
                 found[stored] = module
         return found
 

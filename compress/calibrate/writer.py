@@ -1,0 +1,264 @@
+"""Writes the statistics file step by step, so that an interrupted calibration can go on.
+
+Data follows a header of a size that is reserved at the start: the arrays of a step (a block) are
+appended when it is done, and a state beside the file says how far it is good. The header is filled
+in at the end; then the file becomes OUT in one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.calibrate.collect import SiteSums
+from compress.calibrate.statistics import HELD_OUT, KEY, Record, Site, open_statistics
+from compress.checkpoint.file_stage import FileStage
+from compress.checkpoint.files import open_inside
+from compress.checkpoint.writer import header_bytes, nbytes_of
+from compress.errors import InputError, ResourceError, from_os_error
+from compress.tensor import Array
+
+_STATE = ".calibration.json"
+_MAX_STATE = 1 << 28
+_CHUNK = 1 << 20
+_TAGS = {"float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8"}
+Spec = tuple[str, str, tuple[int, ...]]
+
+
+@dataclass
+class _State:
+    """What is in the file so far."""
+
+    steps: list[str] = field(default_factory=list)
+    end: int = 0  # of the data, in bytes
+    sha256: str = ""  # of the data
+    specs: list[Spec] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)  # files of the run itself: name -> SHA-256
+
+
+class StatisticsWriter:
+    """The statistics file that is being made.
+
+    room  bytes reserved for the header (see `header_room`)
+    key   equal for calibrations that give the same bytes
+
+    Use as a context manager: an error removes what was written, an interruption keeps the steps
+    that were committed. Raises UsageError where OUT exists or is not ours, BusyError where another
+    run writes it, ResourceError.
+    """
+
+    def __init__(
+        self, out: Path, *, room: int, key: str = "", overwrite: bool = False,
+        resume: bool = False, fsync: bool = True,
+    ) -> None:  # fmt: skip
+        self._stage = FileStage(out, overwrite=overwrite, is_ours=_is_ours, fsync=fsync)
+        self._room = room
+        self._state = _State()
+        self._digest = hashlib.sha256()
+        kept = self._stage.open(key=key, resume=resume)
+        try:
+            if not (kept and self._take_up()):
+                self._stage.keep_only(set())
+                self._state = _State()
+                self._digest = hashlib.sha256()
+            fresh = not self._state.steps
+            self._file = open(self._stage.file, "wb" if fresh else "r+b")  # noqa: SIM115
+            self._file.truncate(room + self._state.end)
+            self._file.seek(room + self._state.end)
+        except OSError as error:
+            self._stage.abandon()
+            raise from_os_error(error, doing="cannot write the statistics") from error
+        except BaseException:
+            self._stage.abandon()
+            raise
+
+    def __enter__(self) -> StatisticsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        from compress.errors import Interrupted
+
+        self._file.close()
+        interrupted = kind is not None and issubclass(kind, (Interrupted, KeyboardInterrupt))
+        if interrupted and self._state.steps:
+            self._stage.release()  # for --resume
+        else:
+            self._stage.abandon()
+        if isinstance(error, OSError):
+            raise from_os_error(error, doing="cannot write the statistics") from error
+
+    # ------------------------------------------------------------ for engines
+
+    @property
+    def folder(self) -> Path:
+        """Where an engine may keep files of its own; they go with the stage."""
+        return self._stage.folder
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What a calibration that is resumed has committed already, in order."""
+        return tuple(self._state.steps)
+
+    def add_site(self, tensors: Sequence[str], sums: SiteSums) -> None:
+        """Append the arrays of one site, which all of `tensors` read."""
+        number = len(self._state.sites)
+        site = Site(number, tuple(tensors), sums.count, sums.held_out_count, sums.blocks)
+        for kind in sorted(sums.kinds):
+            if sums.held_out_count if kind == HELD_OUT else sums.count:
+                self._add(site.key(kind), "F32", sums.shape(kind), sums.pieces(kind))
+        self._state.sites.append(site)
+
+    def add_tensor(self, tensor: str, kind: str, values: Array) -> None:
+        """Append an array of one tensor: its `output_fisher` [rows] or `peaks` [n, 6]."""
+        self._add(f"tensor/{tensor}/{kind}", "F32", values.shape, [values.astype(np.float32)])
+
+    def commit(self, step: str, files: Iterable[str] = ()) -> None:
+        """The step is done: a resumed calibration goes on behind it.
+
+        files  names in `folder` that the engine will want to find then; others are removed
+        """
+        self._file.flush()
+        self._stage.sync(self._file.fileno())
+        state = self._state
+        state.steps.append(step)
+        state.sha256 = self._digest.copy().hexdigest()
+        state.kept = {name: _sha256(self.folder / name) for name in files}
+        body = json.dumps(_spell(state)).encode()
+        self._stage.write_own(_STATE, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        self._stage.keep_only({_STATE, self._inside(), *state.kept})
+
+    # ------------------------------------------------------------ for the driver
+
+    def reached(self) -> dict[str, set[str]]:
+        """Kinds that are in the file so far, by tensor."""
+        found: dict[str, set[str]] = {}
+        present = {name for name, _, _ in self._state.specs}
+        for site in self._state.sites:
+            kinds = {name.rpartition("/")[2] for name in present if name == site.key(_kind(name))}
+            for tensor in site.tensors:
+                found.setdefault(tensor, set()).update(kinds)
+        for name in present:
+            if name.startswith("tensor/"):
+                tensor, _, kind = name.removeprefix("tensor/").rpartition("/")
+                found.setdefault(tensor, set()).add(kind)
+        return found
+
+    def sites(self) -> tuple[Site, ...]:
+        """The sites so far."""
+        return tuple(self._state.sites)
+
+    def add_inputs(self, arrays: Mapping[str, Array]) -> None:
+        """Append what the model was given."""
+        for name, values in sorted(arrays.items()):
+            self._add(f"inputs/{name}", _TAGS[values.dtype.name], values.shape, [values])
+
+    def finish(self, record: Record) -> None:
+        """Fill in the header and give the file its name."""
+        header = header_bytes(self._state.specs, {"format": "np", KEY: record.to_json()})
+        spare = self._room - len(header)
+        if spare < 0:
+            raise RuntimeError(f"a header of {len(header)} bytes, {self._room} were reserved")
+        length = (len(header) - 8 + spare).to_bytes(8, "little")
+        try:
+            self._file.seek(0)
+            self._file.write(length + header[8:] + b" " * spare)
+            self._file.flush()
+            self._stage.sync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            raise from_os_error(error, doing="cannot write the statistics") from error
+        self._stage.publish()
+
+    # ------------------------------------------------------------ inside
+
+    def _add(self, name: str, tag: str, shape: Sequence[int], pieces: Iterable[Array]) -> None:
+        written = 0
+        for piece in pieces:
+            data = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+            self._digest.update(data)
+            self._file.write(data)
+            written += data.nbytes
+        if written != nbytes_of(tag, shape):
+            raise RuntimeError(f"{name}: {written} bytes, not {nbytes_of(tag, shape)}")
+        self._state.specs.append((name, tag, tuple(shape)))
+        self._state.end += written
+
+    def _inside(self) -> str:
+        return f"{self._stage.path.name}/{self._stage.file.name}"
+
+    def _take_up(self) -> bool:
+        """Whether what was committed is there and unchanged; the state and digest are then its."""
+        state = _read_state(self.folder)
+        if state is None:
+            return False
+        with suppress(OSError):
+            if any(_sha256(self.folder / n) != digest for n, digest in state.kept.items()):
+                return False
+            with open(self._stage.file, "rb") as file:
+                file.seek(self._room)
+                left = state.end
+                while left and (chunk := file.read(min(_CHUNK, left))):
+                    self._digest.update(chunk)
+                    left -= len(chunk)
+            if not left and self._digest.hexdigest() == state.sha256:
+                self._state = state
+                self._stage.keep_only({_STATE, self._inside(), *state.kept})
+                return True
+        return False
+
+
+def header_room(tensors: Iterable[str], data: Mapping[str, Any]) -> int:
+    """Bytes that any header of statistics of these tensors fits into, a multiple of 8."""
+    # Each tensor: a site of its own with four arrays, two arrays that carry its name, its name in
+    # the record; JSON may escape a character as six.
+    each = sum(4 * 160 + 2 * (160 + 6 * len(name)) + 12 * len(name) + 120 for name in tensors)
+    whole = 4096 + each + 2 * len(json.dumps(dict(data)))
+    return whole + -whole % 8
+
+
+def _kind(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _is_ours(path: Path) -> None:
+    open_statistics(path).close()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _spell(state: _State) -> dict[str, Any]:
+    sites = [[s.number, list(s.tensors), s.count, s.held_out_count, s.blocks] for s in state.sites]
+    return vars(state) | {"sites": sites}
+
+
+def _read_state(folder: Path) -> _State | None:
+    """The state as it was committed last; None where there is none or it is damaged."""
+    try:
+        file = open_inside(os.path.realpath(folder), _STATE)
+        try:
+            digest, _, body = file.read_all(_MAX_STATE).partition(b"\n")
+        finally:
+            file.close()
+    except (InputError, ResourceError):
+        return None
+    if digest != hashlib.sha256(body).hexdigest().encode():
+        return None  # what passes is what was written here
+    raw = json.loads(body)
+    raw["specs"] = [(name, tag, tuple(shape)) for name, tag, shape in raw["specs"]]
+    raw["sites"] = [Site(n, tuple(t), count, held, b) for n, t, count, held, b in raw["sites"]]
+    return _State(**raw)
