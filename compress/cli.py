@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import __version__, evaluation_commands
+from compress.calibrate_command import calibrate
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
 from compress.options import (
     EvalImages,
@@ -284,6 +285,9 @@ def generate(
     emit(body, json, typer.echo)
     if not json:
         typer.echo(summary(body), err=True)
+
+
+app.command()(calibrate)
 
 
 @app.command()
