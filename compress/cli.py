@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from compress import __version__, evaluation_commands
+from compress.calibrate.on_the_way import CalibrateOn
 from compress.calibrate_command import calibrate
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
 from compress.options import (
+    CalibrateDocuments,
+    CalibrateIds,
+    CalibrateImages,
+    CalibrateLength,
+    CalibrateSamples,
+    CalibrateSentences,
+    CalibrateText,
     EvalImages,
     EvalPairs,
     EvalSamples,
@@ -23,6 +31,7 @@ from compress.options import (
     Module,
     Pickle,
     ReportFile,
+    StatsFile,
 )  # fmt: skip
 from compress.terminal import (
     console,
@@ -124,6 +133,14 @@ def run(
     no_fsync: NoFsync = False,
     content_hash: ContentHash = False,
     max_shard_size: Shard = "5GB",
+    stats: StatsFile = None,
+    text: CalibrateText = None,
+    sentences: CalibrateSentences = None,
+    ids: CalibrateIds = None,
+    images: CalibrateImages = None,
+    samples: CalibrateSamples = None,
+    length: CalibrateLength = None,
+    documents: CalibrateDocuments = False,
     eval_text: EvalText = None,
     eval_pairs: EvalPairs = None,
     eval_images: EvalImages = None,
@@ -148,6 +165,7 @@ def run(
         allow_pickle=allow_pickle,
         fsync=not no_fsync,
         content_hash=content_hash,
+        calibrate_on=CalibrateOn(stats, text, sentences, ids, images, samples, length, documents),
         evaluate_on=(eval_text, eval_pairs, eval_images, eval_window, eval_samples),
         module=module,
         json=json,
@@ -428,11 +446,13 @@ def _run(
     fsync: bool,
     content_hash: bool,
     json: bool,
+    calibrate_on: CalibrateOn,
     evaluate_on: EvaluateOn = (None, None, None, None, None),
     module: str | None = None,
 ) -> None:
     from dataclasses import replace
 
+    from compress.calibrate.on_the_way import statistics_for
     from compress.checkpoint import open_checkpoint
     from compress.checkpoint.destination import check_out
     from compress.evaluate.metrics import require
@@ -448,14 +468,24 @@ def _run(
     require(job.gates, kind, reference=True, report=True)
     options = replace(options, module=module)
     check_out(Path(os.path.abspath(out)), overwrite=overwrite)
-    with open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint:
-        made: Plan = make_plan(checkpoint, job, options)
+    calibrate_on.check()
+    with (
+        open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint,
+        progress_bar() as progress,
+    ):
+        draft: Plan = make_plan(checkpoint, job, options, calibrated=calibrate_on.is_given)
         evaluation = _evaluation(checkpoint, request, options)
-        for warning in made.warnings:
-            if json:
-                typer.echo(f"warning: {warning}", err=True)
-        settings = RunOptions(overwrite, resume, fsync, report, content_hash, job.gates, evaluation)
-        with progress_bar() as progress:
+        with statistics_for(
+            draft, calibrate_on, out, resume=resume, fsync=fsync, progress=progress
+        ) as known:
+            made = make_plan(checkpoint, job, options, known.statistics)
+            made = replace(made, warnings=(*made.warnings, *known.warnings))
+            for warning in made.warnings:
+                if json:
+                    typer.echo(f"warning: {warning}", err=True)
+            settings = RunOptions(
+                overwrite, resume, fsync, report, content_hash, job.gates, evaluation
+            )
             result = run_plan(made, out, settings, progress)
     emit(result.body, json, lambda: print_report(result, console()), raw=result.to_json)
 
@@ -499,6 +529,7 @@ def _register_one_pass_commands(arguments: list[str]) -> None:
 
 
 def _run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
+    from compress.pass_command import CALIBRATION
     from compress.recipe import Recipe
 
     _run(
@@ -515,6 +546,8 @@ def _run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
         allow_pickle=common["allow_pickle"],
         fsync=not common["no_fsync"],
         content_hash=False,
+        calibrate_on=CalibrateOn(**{key: common[key] for key in CALIBRATION}),
+        module=common["module"],
         json=common["json"],
     )
 

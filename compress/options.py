@@ -18,6 +18,32 @@ FailIf = Annotated[
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write the report (JSON) here, gate or not.")
 ]
+StatsFile = Annotated[
+    Path | None,
+    typer.Option("--stats", help="Statistics of the model's inputs, from compress calibrate."),
+]
+CalibrateText = Annotated[
+    Path | None, typer.Option("--text", help="Calibrate on this UTF-8 text before the work.")
+]
+CalibrateSentences = Annotated[
+    Path | None,
+    typer.Option("--sentences", help="Calibrate on sentences: one a line, or a .csv of pairs."),
+]
+CalibrateIds = Annotated[
+    Path | None, typer.Option("--ids", help="Calibrate on token ids (.npy, a row a sample).")
+]
+CalibrateImages = Annotated[
+    Path | None, typer.Option("--images", help="Calibrate on images (.npz), with --module.")
+]
+CalibrateSamples = Annotated[
+    int | None, typer.Option("--samples", help="Calibration samples at most.", min=1)
+]
+CalibrateLength = Annotated[
+    int | None, typer.Option("--length", help="Tokens of a calibration sample.", min=1)
+]
+CalibrateDocuments = Annotated[
+    bool, typer.Option("--documents", help="Cut --text at blank lines, not every N tokens.")
+]
 EvalText = Annotated[
     Path | None,
     typer.Option("--eval-text", help="Evaluate the result on this text (or .npy of token ids)."),

@@ -14,9 +14,10 @@ from compress.passes import pass_classes
 from compress.passes.base import Pass, option_fields
 from compress.recipe import build_pass, parse_yaml
 
+CALIBRATION = ("stats", "text", "sentences", "ids", "images", "samples", "length", "documents")
 _COMMON = (
     "format", "untouched", "jobs", "memory", "seed", "fail_if", "report", "overwrite", "resume",
-    "allow_pickle", "no_fsync", "json",
+    "allow_pickle", "no_fsync", "json", "module", *CALIBRATION,
 )  # fmt: skip
 
 

@@ -78,6 +78,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     tile_bytes: int = field(default=tiles.TILE_BYTES)
     statistics: Statistics | None = None
+    following: Statistics | None = None  # of the compressed model's inputs, where passes want them
 
     @cached_property
     def buffers(self) -> BufferPool:
@@ -93,7 +94,9 @@ class Plan:
         """The passes that work on a tensor, bound to it."""
         bound: list[Pass] = []
         for index in tensor.steps:
-            context = Context(self.format.base_stands_alone, self.statistics_of(tensor.info))
+            known = self.following or self.statistics
+            of_tensor = None if known is None else known.of(tensor.info)
+            context = Context(self.format.base_stands_alone, of_tensor)
             bound.append(self.passes[index].bind(tensor.info, bound, context))
         return bound
 

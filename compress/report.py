@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress import __version__
+from compress.calibrate.on_the_way import describe
 from compress.checkpoint.writer import nbytes_of
 from compress.errors import show
 from compress.evaluate.show import print_figures
@@ -142,6 +143,7 @@ def build(
             "tool": {"name": "compress-checkpoints", "version": __version__},
             "format": plan.format.name,
             "format_reason": plan.format_reason,
+            "calibration": None if plan.statistics is None else describe(plan.statistics),
             "passes": [{"name": p.name, "facts": p.facts()} for p in plan.passes],
             "totals": totals,
             "verdict": _verdict(plan, totals, changed),

@@ -80,6 +80,8 @@ def resume_key(plan: Plan) -> str:
         "shard_bytes": plan.options.max_shard_bytes,
         "version": __version__,
     }
+    if plan.statistics is not None:
+        what["statistics"] = plan.statistics.record.to_json()
     return sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

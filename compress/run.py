@@ -96,6 +96,14 @@ def _fill(
 ) -> Report:
     """Everything between taking the stage and publishing it."""
     plan = survey.decide_all(plan, progress)
+    if any(
+        one.follows(info)
+        for one, infos in zip(plan.passes, plan.members, strict=True)
+        for info in infos
+    ):
+        from compress.following import follow
+
+        plan = follow(plan, stage.folder / "following.safetensors", progress)
     layout = plan.layout()
     shards = _write_shards(plan, layout, stage, state, progress)
     files = {shard.name: one.record for shard, one in zip(layout.shards, shards, strict=True)}

@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 class TrialCheckpoint(Checkpoint):
     """The source with the plan's passes applied as tensors are read; they must have decided.
 
-    `last` is the index of the last pass that takes part. Values come in the source's dtype.
+    `last` is the index of the last pass that takes part; `dense` tensors stay as they are. Values
+    come in the source's dtype.
     Closing it leaves the source open.
     """
 
-    def __init__(self, plan: Plan, *, last: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, *, last: int | None = None, dense: frozenset[str] = frozenset()
+    ) -> None:
         source = plan.checkpoint
         super().__init__(source.path, source.directory, {})
         self.config, self.config_bytes = source.config, source.config_bytes
         self.aliases, self.sidecars = dict(source.aliases), list(source.sidecars)
-        self._source, self._plan = source, plan
+        self._source, self._plan, self._dense = source, plan, dense
         self._last = len(plan.passes) if last is None else last
         self._infos = source.infos()
         self._tensors = {t.info.name: t for t in plan.tensors}
@@ -44,6 +47,8 @@ class TrialCheckpoint(Checkpoint):
         return self._decoded(tensor)[start:stop]
 
     def _steps(self, tensor: TensorPlan) -> list[int]:
+        if tensor.info.name in self._dense:
+            return []
         return [step for step in tensor.steps if step <= self._last]
 
     def _decoded(self, tensor: TensorPlan) -> Array:

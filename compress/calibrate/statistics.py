@@ -12,6 +12,8 @@ fused experts, whose rows are split into as many equal blocks, each with inputs 
     second_moment   float32 [blocks, columns, columns]  mean of x x^T, uncentred
     held_out        float32 [blocks, columns, columns]  the same over inputs kept apart
     mean            float32 [blocks, columns]           mean of x
+    cross_moment    float32 [blocks, columns, columns]  mean of x_d x^T, x_d the dense model's
+                                                        input where x is a compressed one's
 
 Kinds of a tensor:
 
@@ -29,13 +31,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoint import Checkpoint, open_checkpoint, strict_json
-from compress.errors import InputError, UsageError, show
+from compress.errors import CompressError, InputError, UsageError, show
 from compress.tensor import Array, TensorInfo
 
 KEY = "compress.statistics"
@@ -45,10 +47,12 @@ DIAGONAL = "diagonal"
 SECOND_MOMENT = "second_moment"
 HELD_OUT = "held_out"
 MEAN = "mean"
+CROSS_MOMENT = "cross_moment"
 OUTPUT_FISHER = "output_fisher"
 PEAKS = "peaks"
 INPUTS = "inputs"
 SITE_KINDS = frozenset({DIAGONAL, SECOND_MOMENT, HELD_OUT, MEAN})
+FOLLOWED_KINDS = frozenset({SECOND_MOMENT, CROSS_MOMENT})
 TENSOR_KINDS = frozenset({OUTPUT_FISHER, PEAKS})
 KINDS = SITE_KINDS | TENSOR_KINDS | {INPUTS}
 # What is at hand without being collected: a diagonal lies in its matrix.
@@ -102,14 +106,36 @@ class Record:
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
 
+class Arrays(Protocol):
+    """Where the arrays of sites and tensors come from: a file, or memory."""
+
+    path: Path
+
+    def has_array(self, name: str) -> bool:
+        """Whether there is an array of this name."""
+
+    def array(self, name: str) -> Matrix:
+        """The array, float32."""
+
+    def damaged(self, what: str) -> CompressError:
+        """The error for an array that does not fit."""
+
+
 class TensorStatistics:
     """What calibration knows of one tensor; arrays are read when they are asked for.
 
     Methods raise UsageError, naming tensor and kind, for what was not collected.
     """
 
-    def __init__(self, owner: Statistics, info: TensorInfo, site: Site | None) -> None:
-        self._owner, self._info, self.site = owner, info, site
+    def __init__(
+        self,
+        owner: Arrays,
+        info: TensorInfo,
+        site: Site | None,
+        beneath: TensorStatistics | None = None,
+    ) -> None:
+        """`beneath` answers for what `owner` does not hold."""
+        self._owner, self._info, self.site, self._beneath = owner, info, site, beneath
 
     @property
     def count(self) -> int:
@@ -118,6 +144,9 @@ class TensorStatistics:
 
     def has(self, kind: str) -> bool:
         """Whether `kind` was collected for this tensor."""
+        return self._has(kind) or (self._beneath is not None and self._beneath.has(kind))
+
+    def _has(self, kind: str) -> bool:
         if kind in TENSOR_KINDS:
             return self._owner.has_array(f"tensor/{self._info.name}/{kind}")
         if self.site is None:
@@ -127,28 +156,33 @@ class TensorStatistics:
 
     def diagonal(self) -> Matrix:
         """Mean squared inputs, float32 [blocks, columns]."""
-        site = self._site(DIAGONAL)
-        if self._owner.has_array(site.key(DIAGONAL)):
-            return self._checked(site, DIAGONAL, 2)
+        if self.site is not None and self._owner.has_array(self.site.key(DIAGONAL)):
+            return self._read(DIAGONAL, 2)
+        if not self._has(DIAGONAL) and self._beneath is not None:
+            return self._beneath.diagonal()
         moment = self.second_moment()
         return np.ascontiguousarray(np.diagonal(moment, axis1=1, axis2=2))
 
     def second_moment(self) -> Matrix:
         """Mean x x^T, float32 [blocks, columns, columns]; not to be written to."""
-        return self._checked(self._site(SECOND_MOMENT), SECOND_MOMENT, 3)
+        return self._read(SECOND_MOMENT, 3)
 
     def held_out(self) -> Matrix:
         """Mean x x^T of the inputs kept apart, like `second_moment`."""
-        return self._checked(self._site(HELD_OUT), HELD_OUT, 3)
+        return self._read(HELD_OUT, 3)
 
     def mean(self) -> Matrix:
         """Mean input, float32 [blocks, columns]."""
-        return self._checked(self._site(MEAN), MEAN, 2)
+        return self._read(MEAN, 2)
+
+    def cross_moment(self) -> Matrix:
+        """Mean x_d x^T, float32 [blocks, columns, columns]: rows by the dense model's input."""
+        return self._read(CROSS_MOMENT, 3)
 
     def output_fisher(self) -> Matrix:
         """Fisher diagonal of the outputs, float32 [rows]."""
-        if not self.has(OUTPUT_FISHER):
-            raise self._missing(OUTPUT_FISHER)
+        if not self._has(OUTPUT_FISHER):
+            return self._other(OUTPUT_FISHER).output_fisher()
         values = self._owner.array(f"tensor/{self._info.name}/{OUTPUT_FISHER}")
         rows = self._info.matrix_shape[0]
         if values.shape != (rows,):
@@ -157,19 +191,22 @@ class TensorStatistics:
 
     def peaks(self) -> Matrix:
         """Activation peaks of a down projection, float32 [n, 6]."""
-        if not self.has(PEAKS):
-            raise self._missing(PEAKS)
+        if not self._has(PEAKS):
+            return self._other(PEAKS).peaks()
         return self._owner.array(f"tensor/{self._info.name}/{PEAKS}")
 
-    def _site(self, kind: str) -> Site:
-        if self.site is None or not self.has(kind):
+    def _other(self, kind: str) -> TensorStatistics:
+        """What answers for a kind that is not here."""
+        if self._beneath is None:
             raise self._missing(kind)
-        return self.site
+        return self._beneath
 
-    def _checked(self, site: Site, kind: str, dimensions: int) -> Matrix:
-        values = self._owner.array(site.key(kind))
+    def _read(self, kind: str, dimensions: int) -> Matrix:
+        if self.site is None or not self._has(kind):
+            return self._other(kind)._read(kind, dimensions)
+        values = self._owner.array(self.site.key(kind))
         columns = self._info.matrix_shape[1]
-        wanted = (site.blocks, columns, columns)[:dimensions]
+        wanted = (self.site.blocks, columns, columns)[:dimensions]
         if values.shape != wanted:
             raise self._owner.damaged(
                 f"{kind} of {show(self._info.name)} is {list(values.shape)}, not {list(wanted)}"
@@ -194,6 +231,7 @@ class Statistics:
         self._arrays = {info.name: info for info in checkpoint.infos()}
         self._kept: dict[str, Array] = {}
         self._lock = Lock()
+        self.beneath: Statistics | None = None  # answers for tensors and kinds that are not here
 
     def __enter__(self) -> Statistics:
         return self
@@ -203,7 +241,11 @@ class Statistics:
 
     def of(self, info: TensorInfo) -> TensorStatistics:
         """What is known of one tensor of the model (perhaps nothing)."""
-        return TensorStatistics(self, info, self._sites.get(info.name))
+        beneath = None if self.beneath is None else self.beneath.of(info)
+        site = self._sites.get(info.name)
+        if site is None and beneath is not None:
+            return beneath
+        return TensorStatistics(self, info, site, beneath)
 
     def has_array(self, name: str) -> bool:
         """Whether the file holds an array."""

@@ -117,6 +117,10 @@ class StatisticsWriter:
                 self._add(site.key(kind), "F32", sums.shape(kind), sums.pieces(kind))
         self._state.sites.append(site)
 
+    def add_site_array(self, kind: str, values: Array) -> None:
+        """Append another array of the site that was added last."""
+        self._add(self._state.sites[-1].key(kind), "F32", values.shape, [values])
+
     def add_tensor(self, tensor: str, kind: str, values: Array) -> None:
         """Append an array of one tensor: its `output_fisher` [rows] or `peaks` [n, 6]."""
         self._add(f"tensor/{tensor}/{kind}", "F32", values.shape, [values.astype(np.float32)])

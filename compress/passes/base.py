@@ -169,6 +169,13 @@ class Pass(ABC):
         """Kinds that it makes use of where there is a calibration anyway."""
         return frozenset()
 
+    def follows(self, info: TensorInfo) -> bool:
+        """Whether it wants a target's inputs as the compressed layers before give them.
+
+        Its statistics then hold a cross moment (compress/following.py).
+        """
+        return False
+
     def bind(self, info: TensorInfo, earlier: Sequence[Pass], context: Context) -> Pass:
         """The pass as it works on one tensor, after the passes `earlier` that work on it too."""
         return self

@@ -28,13 +28,18 @@ from typing import Any, ClassVar
 import numpy as np
 
 from compress import kernels
-from compress.calibrate.statistics import SECOND_MOMENT, TensorStatistics
+from compress.calibrate.statistics import (
+    CROSS_MOMENT,
+    INPUTS,
+    SECOND_MOMENT,
+    TensorStatistics,
+)
 from compress.errors import InputError, UsageError, show
 from compress.kernels.reference import SMALLEST_NORMAL
 from compress.passes.base import CodesSpec, Context, Pass, Terms, option, refuse
 from compress.patterns import matches_any, require_matches
 from compress.solvers.group_quantizer import CannotQuantize, quantize_matrix, working_dtype
-from compress.solvers.obs_codes import obs_codes
+from compress.solvers.obs_codes import obs_codes, with_dense_outputs
 from compress.tensor import Array, Codes, Tensor, TensorInfo
 
 SQUARED_ERROR = "squared_error"
@@ -55,6 +60,7 @@ _OVERRIDABLE = (
     "on_indivisible",
     "damping",
     "act_order",
+    "follow",
 )
 
 
@@ -100,6 +106,11 @@ class Quantize(Pass):
     act_order: bool = option(
         False, "of solver=obs: columns with large inputs first, all scales chosen beforehand"
     )
+    follow: bool = option(
+        False,
+        "of solver=obs: fit the dense outputs for inputs as the compressed layers before give them "
+        "(runs the model layer by layer)",
+    )
     overrides: tuple[Mapping[str, Any], ...] = option(
         (), "other options for some targets: {targets: [...], bits: 8}; the first match wins"
     )
@@ -113,6 +124,17 @@ class Quantize(Pass):
         solvers = {self.solver, *(o.get("solver") for o in self.overrides)}
         return frozenset({SECOND_MOMENT}) if "obs" in solvers else frozenset()
 
+    @property
+    def welcomes(self) -> frozenset[str]:
+        """The inputs themselves, where any tensor follows the compressed layers before."""
+        follow = self.follow or any(o.get("follow") for o in self.overrides)
+        return frozenset({INPUTS}) if follow else frozenset()
+
+    def follows(self, info: TensorInfo) -> bool:
+        """Whether a target is fitted to inputs from compressed layers."""
+        me = self.for_tensor(info)
+        return me.follow and me.solver == "obs"
+
     def bind(self, info: TensorInfo, earlier: Sequence[Pass], context: Context) -> Quantize:
         """With the tensor's statistics, where its codes are solved with them."""
         if self.for_tensor(info).solver != "obs":
@@ -120,7 +142,12 @@ class Quantize(Pass):
         return dataclasses.replace(self, statistics=context.statistics)
 
     def validate(self) -> None:
-        """Raises UsageError for an override that is not a mapping of known, legal options."""
+        """Raises UsageError for follow without obs, an override of unknown or illegal options."""
+        if self.follow and self.solver != "obs":
+            raise UsageError(
+                "quantize: follow=true needs solver=obs, which absorbs errors",
+                hint="add solver=obs, or leave follow out",
+            )
         for i, override in enumerate(self.overrides):
             _check_override(f"quantize: overrides[{i}]", override)
 
@@ -226,10 +253,14 @@ class Quantize(Pass):
                 hint="give --text F to calibrate on the way, or --stats F",
             )
         spec = self.spec(tensor.info)
+        moment, wanted = self.statistics.second_moment(), tensor
         try:
+            if self.statistics.has(CROSS_MOMENT):
+                cross = self.statistics.cross_moment()
+                wanted = with_dense_outputs(tensor, moment, cross, self.damping)
             codes = obs_codes(
-                tensor,
-                self.statistics.second_moment(),
+                wanted,
+                moment,
                 spec,
                 search=self.search,
                 signed_scale=self.signed_scale,

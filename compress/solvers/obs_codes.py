@@ -57,6 +57,36 @@ def obs_codes(
     return parts[0] if len(parts) == 1 else _stacked(parts)
 
 
+def with_dense_outputs(
+    tensor: Tensor, moment: Matrix, cross: Matrix, damping: float = 0.01
+) -> Tensor:
+    """The tensor whose weights give, for the inputs it will meet, what W gives for the dense ones.
+
+    moment  H = E[x x^T] of the inputs it will meet, cross C = E[x_d x^T] with the dense model's,
+            float32 [blocks, columns, columns]
+    W + W (C - H) (H + damping * mean(diag H))^-1 minimises E|W x_d - W' x|^2 with a pull towards W.
+    Entries that are stored exactly keep their value. Raises ValueError where H is not positive
+    definite.
+    """
+    import torch
+
+    source = tensor.source.astype(np.float32)
+    target = source.copy()
+    for block, rows in row_blocks(source.shape[0], moment.shape[0]):
+        h = torch.from_numpy(moment[block].astype(np.float64))
+        move = torch.from_numpy(cross[block].astype(np.float64)) - h
+        h.diagonal().add_(damping * float(h.diagonal().mean()))
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if failed:
+            raise ValueError(f"the second moments are not positive definite with damping={damping}")
+        error = torch.from_numpy(source[rows].astype(np.float64)) @ move
+        target[rows] += torch.cholesky_solve(error.T, lower).T.numpy()
+    outliers = tensor.outliers
+    if outliers is not None and outliers.rows.size:
+        target[outliers.rows, outliers.columns] = source[outliers.rows, outliers.columns]
+    return tensor.with_(source=target)
+
+
 def _protected(tensor: Tensor) -> NDArray[np.bool_] | None:
     outliers = tensor.outliers
     if outliers is None or outliers.in_scale or not outliers.rows.size:
