@@ -31,6 +31,7 @@ from compress.solvers.massive_activations import (
     ChannelPeak,
     Unexplained,
     causes,
+    global_peak,
     leading_parts,
 )
 from compress.tensor import Array, Role, TensorInfo
@@ -79,12 +80,13 @@ def find_by_forward(
     by_name = {info.name: info for info in downs}
     found: dict[tuple[str, int, int], tuple[Cause, int]] = {}
     first: list[Unexplained] = []
-    number = 0
+    number, peak = 0, 0.0
     for number in range(1, ROUNDS + 1):
         zeroed = _places(found)
-        now, left = causes(_peaks(model, samples, by_name, zeroed))
-        if number == 1:
-            first = left
+        records = _peaks(model, samples, by_name, zeroed)
+        peak = global_peak(records) if number == 1 else peak
+        now, left = causes(records, peak)
+        first = left if number == 1 else first
         counts = Counter({name: len(places) for name, places in zeroed.items()})
         before = len(found)
         for cause in now:
@@ -189,34 +191,51 @@ def _record(hidden: torch.Tensor, products: Sequence[_Product]) -> BlockPeaks:
     """What is kept of one block: hidden is its output [tokens, channels]."""
     sizes = hidden.abs()
     tops, tokens = sizes.max(0)
-    peak, median = float(tops.max()), float(sizes.median())
+    # A norm at the block's end keeps an entry from standing out of the other tokens; there it
+    # presses its own token's other channels down instead.
+    own = sizes.median(1).values[tokens]
+    usual = torch.minimum(own, sizes.median())
+    peak = float(tops.max())
+    ratios = torch.where(usual > 0, tops / usual, torch.zeros_like(tops))
     order = torch.argsort(tops, descending=True, stable=True)[:CHANNELS].tolist()
-    least = max(MIN_COMPANION_RATIO * median, MIN_PEAK_SHARE * peak)
-    chosen = [c for c in order if median > 0 and float(tops[c]) >= least]
-    outputs = [(product, product.outputs()) for product in products] if chosen else []
+    chosen = [
+        c
+        for c in order
+        if float(ratios[c]) >= MIN_COMPANION_RATIO and float(tops[c]) >= MIN_PEAK_SHARE * peak
+    ]
+    outputs = [_Outputs.of(product) for product in products] if chosen else []
     channels = []
     for channel in chosen:
-        size, token = float(tops[channel]), int(tokens[channel])
-        one = ChannelPeak(channel, size, size / median)
-        massive = [
-            (float(values[token, channel]), product)
-            for product, values in outputs
-            if _is_massive(values, token, channel)
-        ]
+        token = int(tokens[channel])
+        one = ChannelPeak(channel, float(tops[channel]), float(ratios[channel]))
+        massive = [made for made in outputs if made.is_massive(token, channel)]
         if massive:
-            product = max(massive, key=lambda pair: pair[0])[1]
+            product = max(massive, key=lambda made: float(made.sizes[token, channel])).product
             one = replace(one, tensor=product.info.name, parts=product.parts(token, channel))
         channels.append(one)
     return BlockPeaks(peak, tuple(channels))
 
 
-def _is_massive(values: torch.Tensor, token: int, channel: int) -> bool:
-    """Whether one output is far out of all outputs, |Y| [tokens, rows]."""
-    if channel >= values.shape[1]:
-        return False
-    one = float(values[token, channel])
-    least = max(MIN_RATIO * float(values.median()), MIN_PEAK_SHARE * float(values[token].max()))
-    return one > 0 and one >= least
+@dataclass(frozen=True)
+class _Outputs:
+    """What a down projection adds: |Y|, [tokens, rows], and its median."""
+
+    product: _Product
+    sizes: torch.Tensor
+    median: float
+
+    @classmethod
+    def of(cls, product: _Product) -> _Outputs:
+        sizes = product.outputs()
+        return cls(product, sizes, float(sizes.median()))
+
+    def is_massive(self, token: int, channel: int) -> bool:
+        """Whether one output is far out of all outputs."""
+        if channel >= self.sizes.shape[1]:
+            return False
+        one = float(self.sizes[token, channel])
+        least = max(MIN_RATIO * self.median, MIN_PEAK_SHARE * float(self.sizes[token].max()))
+        return one > 0 and one >= least
 
 
 @contextmanager

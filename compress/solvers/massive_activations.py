@@ -4,7 +4,10 @@ A few channels of the residual stream of many trained transformers hold values h
 the usual, on the first token and on delimiters, from an early block to the last but one
 (Sun et al., arXiv 2402.17762). A channel counts as massive in a block where its largest |h| is
 
-    at least 10 % of the largest |h| in any block, and at least 50 times the block's median |h|.
+    at least 10 % of the largest |h| in any block, and at least 50 times the median |h|
+
+of the block, or of the token where that is less (a norm at the end of a block bounds every value,
+and an entry can only press its own token's others down).
 
 Both are relative: absolute bounds fail on small models. The last block is left out, because it
 undoes the massive channels and makes large values of its own. The first block where a channel is
@@ -48,7 +51,7 @@ PASSING = "does not persist"
 class ChannelPeak:
     """One channel of a block's output where it is largest.
 
-    ratio   its |h| over the block's median
+    ratio   its |h| over the median, of the block or of its own token
     tensor  the down projection whose output is massive there too; None where there is none
     parts   (column, share of the output) of the leading entries, largest first
     """
@@ -119,9 +122,16 @@ def leading_parts(products: NDArray[np.float64]) -> tuple[tuple[int, float], ...
     return tuple(parts)
 
 
-def causes(blocks: Sequence[BlockPeaks]) -> tuple[list[Cause], list[Unexplained]]:
-    """What makes the massive channels of all blocks but the last, strongest first."""
-    peak = max((block.peak for block in blocks), default=0.0)
+def global_peak(blocks: Sequence[BlockPeaks]) -> float:
+    """The largest |h| in any block."""
+    return max((block.peak for block in blocks), default=0.0)
+
+
+def causes(blocks: Sequence[BlockPeaks], peak: float) -> tuple[list[Cause], list[Unexplained]]:
+    """What makes the massive channels of all blocks but the last, strongest first.
+
+    peak  the model's largest |h|, before anything was zeroed
+    """
     strict = _places(blocks, peak, MIN_RATIO)
     loose = _places(blocks, peak, MIN_COMPANION_RATIO)
     found: dict[tuple[str, int, int], Cause] = {}
