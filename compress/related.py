@@ -44,6 +44,7 @@ _PLAIN = (
     ("dense_h_to_4h", "dense_4h_to_h"),
     ("intermediate.dense", "output.dense"),
     ("up_proj", "down_proj"),
+    ("wi", "wo"),
     ("fc_in", "fc_out"),
     ("lin1", "lin2"),
     ("linear1", "linear2"),

@@ -106,6 +106,19 @@ def save(folder: Path, kind: str, seed: int, neurons: Sequence[Neuron] = ()) -> 
     return folder
 
 
+def write_statistics(path: Path, model: Path, ids: np.ndarray) -> Path:
+    """A statistics file of the model that holds nothing but inputs, and its path."""
+    from safetensors.numpy import save_file
+
+    from compress.calibrate.statistics import INPUTS, KEY, Record
+    from compress.checkpoint import open_checkpoint
+
+    with open_checkpoint(model) as checkpoint:
+        record = Record(checkpoint.sample_hash(), "hf", (), frozenset({INPUTS}))
+    save_file({"inputs/input_ids": ids}, path, metadata={KEY: record.to_json()})
+    return path
+
+
 def _turn(model: Any, kind: str, neuron: Neuron, ids: Any) -> None:
     """Make a neuron fire FIRED on its token, and hardly on others."""
     import torch

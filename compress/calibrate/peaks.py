@@ -70,7 +70,7 @@ def find_by_forward(
 ) -> Forward:
     """The entries of `downs` (down projections) that make massive activations.
 
-    inputs  `input_ids` [samples, length] and what else the model is called with, alike in shape
+    inputs  `input_ids` [samples, length], and masks or types of the same shape
     most    accepted of one tensor, the strongest first
     Raises UsageError where the model is no stack of blocks or the inputs are no tokens, InputError
     where values are not finite.
@@ -117,10 +117,11 @@ def _samples(inputs: Mapping[str, Array]) -> list[dict[str, torch.Tensor]]:
             " ids",
             hint="calibrate with --text or --ids, or use method=score",
         )
+    given = {name: values for name, values in inputs.items() if values.shape == ids.shape}
     return [
         {
-            name: torch.from_numpy(np.array(values[i : i + 1, :LENGTH], np.int64))
-            for name, values in inputs.items()
+            name: torch.from_numpy(values[i : i + 1, :LENGTH].astype(np.int64))
+            for name, values in given.items()
         }
         for i in range(min(SAMPLES, len(ids)))
     ]
