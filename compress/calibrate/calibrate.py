@@ -178,7 +178,9 @@ def calibrate(
         resume=settings.resume,
         fsync=settings.fsync,
     ) as writer:
-        warnings = [*notes, *collect(request, writer, progress)]
+        warnings = list(notes)
+        if request.wanted:  # else only the inputs themselves are
+            warnings += collect(request, writer, progress)
         reached = writer.reached()
         _check_needs(request, reached)
         if keeps_inputs:
@@ -227,7 +229,7 @@ def _request(plan: Plan, inputs: Inputs, settings: Settings) -> tuple[Request, l
             wanted = {name: kinds - {HELD_OUT} for name, kinds in wanted.items()}
     request = Request(
         checkpoint=plan.checkpoint,
-        wanted={name: kinds - {INPUTS} for name, kinds in wanted.items()},
+        wanted={name: kinds - {INPUTS} for name, kinds in wanted.items() if kinds - {INPUTS}},
         needed={name: kinds - {INPUTS} for name, kinds in needed.items()},
         inputs=inputs,
         held_out=held,
