@@ -211,6 +211,20 @@ class BlockModel:
             else:
                 self._loader.fill(info)
         self._outside = pending
+        if head:
+            self._require_outside()
+
+    def _require_outside(self) -> None:
+        """Raises InputError for a weight around the blocks that the checkpoint does not hold."""
+        readers = [m for m in self.model.modules() if isinstance(m, _RowReader)]
+        read = {id(reader.weight) for reader in readers}
+        self._loader.require(
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.is_meta
+            and id(parameter) not in read
+            and not name.startswith(f"{self.prefix}.")
+        )
 
 
 def _is_output(model: Any, modules: Mapping[str, nn.Module], parameter: str) -> bool:

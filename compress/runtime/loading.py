@@ -28,8 +28,12 @@ DTYPES = {
 }  # fmt: skip
 _MAX_JSON = 1 << 20
 _GENERATION = "generation_config.json"
-# Names that old checkpoints of BERT's time use.
-_OLD_NAMES = ((".gamma", ".weight"), (".beta", ".bias"))
+# Ends of names that checkpoints use and transformers' models do not: of BERT's time, GPT-NeoX's.
+_OLD_NAMES = (
+    (".gamma", ".weight"),
+    (".beta", ".bias"),
+    ("embed_out.weight", "lm_head.weight"),
+)
 
 
 def load(
