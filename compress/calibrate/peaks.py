@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from compress.calibrate.inputs import IDS
 from compress.checkpoint import Checkpoint
 from compress.engines.blocks import Batch, BlockModel
 from compress.errors import InputError, UsageError, show
@@ -70,7 +71,7 @@ def find_by_forward(
 ) -> Forward:
     """The entries of `downs` (down projections) that make massive activations.
 
-    inputs  `input_ids` [samples, length], and masks or types of the same shape
+    inputs  `input_ids` int32 [samples, longest], -1 beyond the end of a shorter sample
     most    accepted of one tensor, the strongest first
     Raises UsageError where the model is no stack of blocks or the inputs are no tokens, InputError
     where values are not finite.
@@ -96,7 +97,7 @@ def find_by_forward(
                 found[key] = (cause, number)
         if len(found) == before:
             break
-    tokens = sum(int(sample["input_ids"].numel()) for sample in samples)
+    tokens = sum(int(sample[IDS].numel()) for sample in samples)
     return Forward(tuple(found.values()), tuple(first), number, tokens)
 
 
@@ -110,21 +111,16 @@ def _places(found: Iterable[tuple[str, int, int]]) -> dict[str, list[tuple[int, 
 
 def _samples(inputs: Mapping[str, Array]) -> list[dict[str, torch.Tensor]]:
     """The first few inputs, one a batch and short: what is massive is so on the first tokens."""
-    ids = inputs.get("input_ids")
-    if ids is None or ids.ndim != 2 or not ids.size:
+    ids = inputs.get(IDS)
+    rows = [] if ids is None or ids.ndim != 2 else [row[row >= 0][:LENGTH] for row in ids]
+    rows = [row for row in rows if row.size][:SAMPLES]
+    if not rows:
         raise UsageError(
             "super-weights: method=forward runs a language model, and the statistics hold no token"
             " ids",
-            hint="calibrate with --text or --ids, or use method=score",
+            hint="calibrate with --text or --ids and this recipe, or use method=score",
         )
-    given = {name: values for name, values in inputs.items() if values.shape == ids.shape}
-    return [
-        {
-            name: torch.from_numpy(values[i : i + 1, :LENGTH].astype(np.int64))
-            for name, values in given.items()
-        }
-        for i in range(min(SAMPLES, len(ids)))
-    ]
+    return [{IDS: torch.from_numpy(row.astype(np.int64))[None]} for row in rows]
 
 
 # ---------------------------------------------------------------- one round

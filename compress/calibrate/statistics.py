@@ -19,9 +19,9 @@ Kinds of a tensor:
 
     output_fisher   float32 [rows]  mean of squared gradients of the model's log-likelihood, labels
                     drawn from the model itself, with respect to each output (its Fisher diagonal)
-    peaks           float32 [n, 6]  see `compress/calibrate/peaks.py`
 
-`inputs` are what the model was given (token ids or images), kept for passes that run it again.
+`inputs` are what the model was given (token ids or images), kept for passes that run it again
+(peaks of activations are looked for in several rounds: `compress/calibrate/peaks.py`).
 """
 
 from __future__ import annotations
@@ -49,11 +49,9 @@ HELD_OUT = "held_out"
 MEAN = "mean"
 CROSS_MOMENT = "cross_moment"
 OUTPUT_FISHER = "output_fisher"
-PEAKS = "peaks"
 INPUTS = "inputs"
 SITE_KINDS = frozenset({DIAGONAL, SECOND_MOMENT, HELD_OUT, MEAN})
-FOLLOWED_KINDS = frozenset({SECOND_MOMENT, CROSS_MOMENT})
-TENSOR_KINDS = frozenset({OUTPUT_FISHER, PEAKS})
+TENSOR_KINDS = frozenset({OUTPUT_FISHER})
 KINDS = SITE_KINDS | TENSOR_KINDS | {INPUTS}
 # What is at hand without being collected: a diagonal lies in its matrix.
 _IMPLIED = {DIAGONAL: SECOND_MOMENT}
@@ -188,12 +186,6 @@ class TensorStatistics:
         if values.shape != (rows,):
             raise self._owner.damaged(f"{OUTPUT_FISHER} of {show(self._info.name)}: not [{rows}]")
         return values
-
-    def peaks(self) -> Matrix:
-        """Activation peaks of a down projection, float32 [n, 6]."""
-        if not self._has(PEAKS):
-            return self._other(PEAKS).peaks()
-        return self._owner.array(f"tensor/{self._info.name}/{PEAKS}")
 
     def _other(self, kind: str) -> TensorStatistics:
         """What answers for a kind that is not here."""

@@ -122,7 +122,7 @@ class StatisticsWriter:
         self._add(self._state.sites[-1].key(kind), "F32", values.shape, [values])
 
     def add_tensor(self, tensor: str, kind: str, values: Array) -> None:
-        """Append an array of one tensor: its `output_fisher` [rows] or `peaks` [n, 6]."""
+        """Append an array of one tensor: its `output_fisher` [rows]."""
         self._add(f"tensor/{tensor}/{kind}", "F32", values.shape, [values.astype(np.float32)])
 
     def commit(self, step: str, files: Iterable[str] = ()) -> None:
