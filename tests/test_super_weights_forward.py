@@ -173,6 +173,37 @@ def test_zeroing_them_hurts_more_than_as_many_large_weights(tmp_path: Path) -> N
         assert effect.found > 10 * effect.drawn
 
 
+def test_samples_may_be_shorter_than_the_longest(tmp_path: Path) -> None:
+    neurons = planted.shared_column(1)
+    folder = planted.save(tmp_path, "llama", 1, neurons)
+    ids = planted.token_ids(7)
+    ids[1, 9:], ids[2, :] = -1, -1
+    places, found = found_in(folder, ids)
+    assert places == planted.places(neurons)
+    assert found.tokens == (ids >= 0).sum() == 2 * 24 + 9
+    with pytest.raises(UsageError, match="no token ids"):
+        found_in(folder, np.full((2, 4), -1, np.int32))
+
+
+def test_a_head_that_was_renamed_is_found(tmp_path: Path) -> None:
+    """GPT-NeoX checkpoints call it embed_out; transformers' model does not."""
+    import torch
+
+    from compress.engines.blocks import BlockModel
+
+    model = planted.make_model("neox", 0)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    with open_checkpoint(tmp_path) as checkpoint, torch.no_grad():
+        assert "embed_out.weight" in {info.name for info in checkpoint.infos()}
+        blocks = BlockModel(checkpoint)
+        batch = blocks.start({"input_ids": ids})
+        for index in range(blocks.depth):
+            with blocks.loaded(index):
+                blocks.advance(index, batch)
+        torch.testing.assert_close(blocks.finish(batch).logits, model(input_ids=ids).logits)
+
+
 # ---------------------------------------------------------------- a trained model
 
 
@@ -265,6 +296,31 @@ def test_named_places_and_the_options_of_a_search_by_running(tmp_path: Path) -> 
     assert entry["round"] == 1
     by_score = decided_with(tmp_path, model, planted.token_ids(7), method="score")
     assert "forward" not in by_score.facts()  # was not run, though it could have been
+
+
+def test_a_calibration_keeps_the_text_for_it_and_runs_no_model(tmp_path: Path) -> None:
+    from compress.calibrate.calibrate import Settings, calibrate
+    from compress.calibrate.inputs import Inputs
+
+    neurons = planted.shared_row(0)
+    model = planted.save(tmp_path / "model", "llama", 0, neurons)
+    ids = planted.token_ids(7)
+    recipe = recipe_from_mapping({"passes": [{"super-weights": {"method": "forward"}}]})
+    out = tmp_path / "stats.safetensors"
+    with open_checkpoint(model) as checkpoint:
+        plan = make_plan(checkpoint, recipe, Options(jobs=1), calibrated=True)
+        inputs = Inputs("ids", {"input_ids": ids}, "ids", "0" * 64)
+        made = calibrate(plan, inputs, out, Settings(fsync=False), _never)
+        assert made.record.kinds == {"inputs"}
+        assert made.warnings == ()
+        with open_statistics(out) as statistics:
+            assert np.array_equal(statistics.inputs()["input_ids"], ids)
+            decided = decide_all(make_plan(checkpoint, recipe, Options(), statistics), _silent)
+    assert decided.passes[0].facts()["found"] == 3
+
+
+def _never(what: str, done: int, total: int) -> None:
+    raise AssertionError(f"{what}: {done} of {total}")
 
 
 def test_what_it_needs_depends_on_how_it_searches() -> None:
