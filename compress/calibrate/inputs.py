@@ -232,12 +232,8 @@ def read_images(path: Path, *, samples: int | None = None, seed: int | None = No
     Raises InputError for anything else.
     """
     arrays = _npz(path)
-    images, labels = arrays.get(IMAGES), arrays.get(LABELS)
+    images, labels = arrays[IMAGES], arrays.get(LABELS)
     where = show(str(path))
-    if images is None:
-        raise InputError(
-            f"{where}: no array named images", hint=f"it holds {show(', '.join(sorted(arrays)))}"
-        )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in _CHANNELS:
         raise InputError(
             f"{where}: images are {images.dtype} {list(images.shape)}, not uint8 [n, height,"
@@ -265,19 +261,29 @@ def read_images(path: Path, *, samples: int | None = None, seed: int | None = No
 
 
 def _npz(path: Path) -> dict[str, Array]:
+    wrong = InputError(
+        f"{show(str(path))}: not an .npz file of numbers", hint="numpy.savez writes one"
+    )
     try:
         with np.load(path, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{show(str(path))}: not an .npz file")
-            return {name: archive[name] for name in (IMAGES, LABELS) if name in archive.files} or {
-                name: np.empty(0) for name in archive.files
-            }
+                raise wrong
+            arrays = {name: archive[name] for name in (IMAGES, LABELS) if name in archive.files}
+            names = archive.files
+    except TypeError:  # a lone array is no context manager
+        raise wrong from None
     except OSError as error:
         raise from_os_error(error, doing="cannot read") from error
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise wrong from error
+    if IMAGES not in arrays:
         raise InputError(
-            f"{show(str(path))}: not an .npz file of numbers", hint="numpy.savez writes one"
-        ) from error
+            f"{show(str(path))}: no array named images",
+            hint=f"it holds {show(', '.join(sorted(names)))}",
+        )
+    if not all(isinstance(values, np.ndarray) for values in arrays.values()):
+        raise wrong  # numpy gives what is no array as bytes
+    return arrays
 
 
 def file_sha256(path: Path) -> str:
