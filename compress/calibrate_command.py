@@ -135,5 +135,6 @@ def read_inputs(
 def _summary(body: dict[str, Any], description: str) -> str:
     return (
         f"{body['path']}: {', '.join(body['kinds'])} of {body['tensors']} tensors at"
-        f" {body['sites']} inputs, {body['bytes'] / 1e6:,.1f} MB, from {description}"
+        f" {body['sites']} inputs, {body['bytes'] / 1e6:,.1f} MB, from {description};"
+        f" {body['seconds']:,.0f} s, peak memory {body['peak_memory_bytes'] / 1e6:,.0f} MB"
     )

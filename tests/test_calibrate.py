@@ -25,6 +25,7 @@ from compress.calibrate.calibrate import Settings, calibrate
 from compress.calibrate.collect import SiteSums, conv_patches
 from compress.calibrate.data import sentence_ids, text_ids
 from compress.calibrate.inputs import Inputs, split
+from compress.calibrate.sites import SiteCollector
 from compress.calibrate.statistics import (
     DIAGONAL,
     HELD_OUT,
@@ -34,6 +35,7 @@ from compress.calibrate.statistics import (
     SECOND_MOMENT,
     open_statistics,
 )
+from compress.calibrate.writer import StatisticsWriter
 from compress.calibrate_command import read_inputs
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import Interrupted, UsageError
@@ -110,7 +112,11 @@ def inputs_of(model: Any, samples: list[torch.Tensor]) -> dict[str, np.ndarray]:
 
         return note
 
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
+    }
     handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
     with torch.no_grad():
         for ids in samples:
@@ -185,6 +191,64 @@ def test_an_encoder_sees_no_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with open_statistics(tmp_path / "s") as statistics:
             check_encoder_fisher(statistics, plan, made, model)
             assert np.array_equal(statistics.inputs()["input_ids"], made.arrays["input_ids"])
+
+
+@pytest.mark.model
+def test_the_transposed_layers_of_gpt2(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=60, n_embd=32, n_layer=2, n_head=2, n_positions=30, initializer_range=0.2
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    ids = np.random.default_rng(0).integers(0, 60, (3, 30)).astype(np.int32)
+    with open_checkpoint(tmp_path / "m") as opened:
+        plan = planned(opened, SECOND_MOMENT)
+        assert {info.role.value for info in plan.members[0]} == {"conv1d"}
+        inputs = Inputs("ids", {"input_ids": ids}, "", "")
+        calibrate(plan, inputs, tmp_path / "s", Settings(fsync=False))
+    direct = inputs_of(model, samples_of(inputs, [0, 1, 2]))
+    with open_statistics(tmp_path / "s") as statistics:
+        for info in plan.members[0]:
+            x = direct[info.name]
+            wanted = x.T @ x / len(x)
+            got = statistics.of(info).second_moment()[0]
+            assert np.abs(got - wanted).max() <= 2e-5 * np.abs(wanted).max(), info.name
+        assert len(statistics.record.sites) == len(plan.members[0]) == 8
+
+
+class Routed(nn.Module):
+    """Two layers read x; two more read another tensor, and only where they are told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcd"})
+
+    def forward(self, x: torch.Tensor, routed: bool) -> None:
+        y = 2 * x
+        self.layers["b"](x)
+        self.layers["a"](x)
+        if routed:
+            self.layers["c"](x)  # the tensor of a and b, but not always
+            self.layers["d"](y)
+
+
+def test_layers_that_are_called_at_times_have_sites_of_their_own(tmp_path: Path) -> None:
+    model = Routed()
+    kinds = {"a": {DIAGONAL}, "b": {MEAN}, "c": {DIAGONAL}, "d": {DIAGONAL, OUTPUT_FISHER}}
+    collector = SiteCollector(dict(model.layers), {n: frozenset(k) for n, k in kinds.items()})
+    x = torch.ones(2, 3, 4)
+    with collector.attached():
+        for routed in (False, True, False):
+            with collector.batch(held_out=False):
+                model(x, routed)
+    with StatisticsWriter(tmp_path / "s", room=8192, fsync=False) as writer:
+        collector.write(writer)
+        found = {site.tensors: site.count for site in writer.sites()}
+        assert writer.reached()["b"] == {DIAGONAL, MEAN}
+    assert found == {("a", "b"): 18, ("c",): 6, ("d",): 6}
+    assert os.listdir(tmp_path) == []  # nothing was finished
 
 
 # ---------------------------------------------------------------- Fisher

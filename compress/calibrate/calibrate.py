@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -26,7 +27,7 @@ from compress.calibrate.statistics import (
 )
 from compress.checkpoint import Checkpoint
 from compress.errors import UsageError, show
-from compress.run import Progress, silent
+from compress.run import Progress, peak_memory, silent
 
 if TYPE_CHECKING:
     from compress.calibrate.writer import StatisticsWriter
@@ -118,6 +119,7 @@ class Calibrated:
     path: Path
     record: Record
     nbytes: int
+    seconds: float
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -126,6 +128,8 @@ class Calibrated:
         return {
             "path": str(self.path),
             "bytes": self.nbytes,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": peak_memory(),
             "engine": self.record.engine,
             "kinds": sorted(self.record.kinds),
             "sites": len(self.record.sites),
@@ -166,6 +170,7 @@ def calibrate(
     """
     from compress.calibrate.writer import StatisticsWriter, header_room
 
+    started = time.perf_counter()
     request, notes = _request(plan, inputs, settings)
     engine, collect = engine_of(plan.checkpoint, settings.module, inputs)
     data = {**inputs.record(), "calibration": _settings_of(request)}
@@ -196,7 +201,8 @@ def calibrate(
         plan.checkpoint.check_unchanged()
         writer.finish(record)
     warnings += _rank_warnings(plan, record, reached)
-    return Calibrated(out, record, out.stat().st_size, tuple(warnings))
+    seconds = time.perf_counter() - started
+    return Calibrated(out, record, out.stat().st_size, seconds, tuple(warnings))
 
 
 def engine_of(checkpoint: Checkpoint, module: str | None, inputs: Inputs) -> tuple[str, Collector]:

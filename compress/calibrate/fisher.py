@@ -11,6 +11,7 @@ normalised embedding, whose gradients along random directions give the Gauss-New
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,32 +204,47 @@ def _along(embeddings: torch.Tensor, generator: torch.Generator) -> list[torch.T
 
 
 class _Kept:
-    """Block inputs, in memory or in a file that is mapped."""
+    """Block inputs, in memory or in a file."""
 
     def __init__(self, depth: int, shapes: Sequence[tuple[int, ...]], folder: Path) -> None:
         self._shapes = shapes
-        self._starts = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
-        size = (depth, int(self._starts[-1]))
+        self._starts = np.cumsum([0, *(4 * int(np.prod(shape)) for shape in shapes)])
+        self._memory: dict[tuple[int, int], Array] = {}
         self._path: Path | None = None
-        self._values: Any
-        if 4 * size[0] * size[1] > _IN_MEMORY:
+        if depth * int(self._starts[-1]) > _IN_MEMORY:
             self._path = folder / "block-inputs"
-            self._values = np.memmap(self._path, np.float32, "w+", shape=size)
-        else:
-            self._values = np.empty(size, np.float32)
+            self._file = open(self._path, "w+b", buffering=0)  # noqa: SIM115  closed by `close`
 
     def put(self, index: int, number: int, hidden: torch.Tensor) -> None:
         """Keep the input of block `index` for a batch."""
-        place = slice(self._starts[number], self._starts[number + 1])
-        self._values[index, place] = hidden.numpy().reshape(-1)
+        values = np.ascontiguousarray(hidden.numpy())
+        if self._path is None:
+            self._memory[index, number] = values
+            return
+        self._file.seek(self._place(index, number))
+        view = values.reshape(-1).view(np.uint8).data
+        while view:
+            view = view[self._file.write(view) :]
 
     def get(self, index: int, number: int) -> torch.Tensor:
         """A copy of it."""
-        place = slice(self._starts[number], self._starts[number + 1])
-        return torch.from_numpy(np.array(self._values[index, place]).reshape(self._shapes[number]))
+        if self._path is None:
+            return torch.from_numpy(self._memory[index, number].copy())
+        values = np.empty(self._shapes[number], np.float32)
+        view = values.reshape(-1).view(np.uint8).data
+        self._file.seek(self._place(index, number))
+        while view:
+            done = self._file.readinto(view)
+            if not done:
+                raise OSError(errno.EIO, "became shorter", str(self._path))
+            view = view[done:]
+        return torch.from_numpy(values)
 
     def close(self) -> None:
         """Remove the file."""
-        del self._values
         if self._path is not None:
+            self._file.close()
             self._path.unlink(missing_ok=True)
+
+    def _place(self, index: int, number: int) -> int:
+        return int(index * self._starts[-1] + self._starts[number])
