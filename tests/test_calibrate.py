@@ -338,6 +338,20 @@ def test_fisher_of_some_samples(decoder: Checkpoint, text: Inputs, tmp_path: Pat
         assert not np.array_equal(a.of(info).output_fisher(), b.of(info).output_fisher())
 
 
+def test_the_model_runs_no_further_than_it_must(
+    decoder: Checkpoint, text: Inputs, tmp_path: Path
+) -> None:
+    watch = Stop(-1)
+    early = planned(decoder, DIAGONAL, targets=("*.0.*", "*.1.*q_proj*"))
+    calibrate(early, text, tmp_path / "a", Settings(fsync=False), watch)
+    assert watch.steps == [0, 1, 2]
+    watch = Stop(-1)
+    result = calibrate(planned(decoder, INPUTS), text, tmp_path / "b", Settings(fsync=False), watch)
+    assert watch.steps == [] and result.record.kinds == {INPUTS}
+    with open_statistics(tmp_path / "b") as statistics:
+        assert np.array_equal(statistics.inputs()["input_ids"], text.arrays["input_ids"])
+
+
 def test_fisher_with_block_inputs_in_a_file(
     whole_run: Path, decoder: Checkpoint, text: Inputs, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -440,10 +454,10 @@ def test_interrupted_in_the_way_back(
 ) -> None:
     out, plan = tmp_path / "s", planned(decoder)
     with pytest.raises(Interrupted):
-        calibrate(plan, text, out, Settings(fsync=False), Stop(4))
+        calibrate(plan, text, out, Settings(fsync=False), Stop(3))
     watch = Stop(-1)
     calibrate(plan, text, out, Settings(fsync=False, resume=True), watch)
-    assert watch.steps == [4, 5]
+    assert watch.steps == [3, 4]
     assert out.read_bytes() == whole_run.read_bytes()
 
 

@@ -86,7 +86,7 @@ class Request:
 
     def check_reached(self, reachable: Mapping[str, object] | set[str]) -> None:
         """Refuse (UsageError) tensors whose inputs are needed and that the engine cannot see."""
-        missing = [name for name, kinds in self.needed.items() if kinds and name not in reachable]
+        missing = [name for name in self.needed if name not in reachable]
         if missing:
             raise UsageError(
                 f"tensor {show(missing[0])}: calibration does not reach its inputs"
@@ -183,9 +183,7 @@ def calibrate(
         resume=settings.resume,
         fsync=settings.fsync,
     ) as writer:
-        warnings = list(notes)
-        if request.wanted:  # else only the inputs themselves are
-            warnings += collect(request, writer, progress)
+        warnings = [*notes, *(collect(request, writer, progress) if request.wanted else ())]
         reached = writer.reached()
         _check_needs(request, reached)
         if keeps_inputs:
@@ -235,8 +233,8 @@ def _request(plan: Plan, inputs: Inputs, settings: Settings) -> tuple[Request, l
             wanted = {name: kinds - {HELD_OUT} for name, kinds in wanted.items()}
     request = Request(
         checkpoint=plan.checkpoint,
-        wanted={name: kinds - {INPUTS} for name, kinds in wanted.items() if kinds - {INPUTS}},
-        needed={name: kinds - {INPUTS} for name, kinds in needed.items()},
+        wanted=_collected(wanted),
+        needed=_collected(needed),
         inputs=inputs,
         held_out=held,
         module=settings.module,
@@ -245,6 +243,12 @@ def _request(plan: Plan, inputs: Inputs, settings: Settings) -> tuple[Request, l
         batch_tokens=settings.batch_tokens,
     )
     return request, notes
+
+
+def _collected(kinds_by_tensor: Kinds) -> Kinds:
+    """What an engine has to run the model for: all but the inputs themselves."""
+    collected = {name: kinds - {INPUTS} for name, kinds in kinds_by_tensor.items()}
+    return {name: kinds for name, kinds in collected.items() if kinds}
 
 
 def _settings_of(request: Request) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import nn
 from compress.calibrate.calibrate import Request
 from compress.calibrate.fisher import output_fisher
 from compress.calibrate.sites import SiteCollector
-from compress.calibrate.statistics import OUTPUT_FISHER
+from compress.calibrate.statistics import OUTPUT_FISHER, SITE_KINDS
 from compress.calibrate.writer import StatisticsWriter
 from compress.engines.blocks import Batch, BlockModel
 from compress.run import Progress
@@ -47,13 +47,21 @@ class _Sweep:
         self.outside = self._wanted(self.model.outside_linears())
         self.reachable = {name for part in (*self.inside, self.outside) for name in part}
         request.check_reached(self.reachable)
-        self._total = self.model.depth + 1 + bool(request.of_kind(OUTPUT_FISHER))
+        # Blocks behind the last one that is watched need not run.
+        watched = [
+            index
+            for index, modules in enumerate(self.inside)
+            if any(request.wanted[name] & SITE_KINDS for name in modules)
+        ]
+        self._around_too = any(request.wanted[name] & SITE_KINDS for name in self.outside)
+        self._depth = self.model.depth if self._around_too else max(watched, default=-1) + 1
+        self._total = self._depth + self._around_too + bool(request.of_kind(OUTPUT_FISHER))
 
     def run(self) -> None:
         """All steps that were not committed before."""
         done = set(self.writer.steps)
-        blocks = sum(_block(index) in done for index in range(self.model.depth))
-        if _FISHER not in done and _OUTSIDE not in done:
+        blocks = sum(_block(index) in done for index in range(self._depth))
+        if self._depth and not {_FISHER, _OUTSIDE} & done:
             self._sites(blocks)
         fisher = [name for name in self.request.of_kind(OUTPUT_FISHER) if name in self.reachable]
         if fisher and _FISHER not in done:
@@ -83,14 +91,14 @@ class _Sweep:
         ]
         if done:
             _load(batches, self.writer.folder / _hidden(done))
-        for index in range(done, self.model.depth):
+        for index in range(done, self._depth):
             self.progress("calibrating", index, self._total)
             self._one_block(index, batches, given)
             name = _hidden(index + 1)
             _save(batches, self.writer.folder / name)
             self.writer.commit(_block(index), [name])
-        if self.outside:
-            self.progress("calibrating", self.model.depth, self._total)
+        if self._around_too:
+            self.progress("calibrating", self._depth, self._total)
             self._around(batches, given)
         self.writer.commit(_OUTSIDE)
 
