@@ -177,7 +177,7 @@ def test_layers_with_one_input_share_a_site(whole_run: Path) -> None:
 
 
 def test_an_encoder_sees_no_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fisher, "_DRAWS", 60)
+    monkeypatch.setattr(fisher, "_DRAWS", 30)
     lines = [words(count, 60, seed) for seed, count in enumerate((3, 9, 3, 5, 17, 9, 4))]
     (tmp_path / "lines.txt").write_text("\n".join(lines))
     model = reading_bert(tmp_path / "model")
@@ -323,8 +323,8 @@ def check_encoder_fisher(statistics: Any, plan: Plan, inputs: Inputs, model: Pat
         assert (got > 0).all(), info.name  # the pooler's is of its own output
         if info.name in squares:
             wanted = np.concatenate(squares[info.name]).mean(0)
-            assert 0.9 < got.sum() / wanted.sum() < 1.1, info.name
-            assert np.abs(got - wanted).mean() < 0.1 * wanted.mean(), info.name
+            assert 0.85 < got.sum() / wanted.sum() < 1.15, info.name
+            assert np.abs(got - wanted).mean() < 0.15 * wanted.mean(), info.name
 
 
 def test_fisher_of_some_samples(decoder: Checkpoint, text: Inputs, tmp_path: Path) -> None:
