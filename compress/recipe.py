@@ -156,7 +156,7 @@ def parse_pass(word: str) -> Pass:
     """A pass as typed: `name` or `name:key=value,key=value`. Raises UsageError."""
     name, _, rest = word.partition(":")
     options: dict[str, Any] = {}
-    for part in _split_outside_brackets(rest):
+    for part in split_outside_brackets(rest):
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(
@@ -316,7 +316,7 @@ def _describe(hint: Any) -> str:
     return " or ".join(n for n in names if n != "NoneType") or str(hint)
 
 
-def _split_outside_brackets(text: str) -> list[str]:
+def split_outside_brackets(text: str) -> list[str]:
     """Split at commas that stand outside brackets, braces and quotes."""
     parts, current, depth, quote = [], "", 0, ""
     for letter in text:
