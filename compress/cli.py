@@ -342,6 +342,7 @@ def kernels(json: Json = False) -> None:
 
 
 app.command("eval")(evaluation_commands.evaluate)
+app.command("sweep")(evaluation_commands.sweep)
 
 
 @app.callback(invoke_without_command=True)

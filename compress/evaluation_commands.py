@@ -1,4 +1,4 @@
-"""The commands that measure models: `compress eval`. Parsing and printing only."""
+"""The commands that measure models, `eval` and `sweep`: parsing and printing only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from compress.errors import GateError, UsageError
-from compress.options import FailIf, Json, Module, Pickle, ReportFile
+from compress.options import (
+    EvalImages,
+    EvalPairs,
+    EvalSamples,
+    EvalText,
+    EvalWindow,
+    FailIf,
+    Json,
+    Module,
+    Pickle,
+    ReportFile,
+)
 from compress.terminal import console, emit, leave_threads_to_torch, progress_bar, write_json
 
 
@@ -89,3 +100,83 @@ def evaluate(
     emit(body, json, lambda: print_evaluation(body, console()))
     if body["failed_gates"]:
         raise GateError("; ".join(body["failed_gates"]))
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE")],
+    model: Annotated[
+        Path | None, typer.Argument(help="The checkpoint; else the recipe's.", metavar="MODEL")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for results, picture, best.yaml.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(help='e.g. "quantize.bits=2,3,4"; off leaves a pass out.', metavar="AXIS"),
+    ] = None,
+    eval_text: EvalText = None,
+    eval_pairs: EvalPairs = None,
+    eval_images: EvalImages = None,
+    eval_window: EvalWindow = None,
+    eval_samples: EvalSamples = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Calibrate once on this text.", metavar="FILE")
+    ] = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="Calibrate once on token ids (.npy).", metavar="FILE")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Calibrate once on images (.npz).", metavar="FILE")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a calibration sample.", min=2)
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration samples at most.", min=1)] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What points are compared by, e.g. kl.", metavar="NAME")
+    ] = None,
+    module: Module = None,
+    fail_if: FailIf = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random numbers.", min=0)] = None,
+    format: Annotated[
+        str | None, typer.Option(help="The format of every point.", metavar="NAME")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted sweep.")
+    ] = False,
+    allow_pickle: Pickle = False,
+    json: Json = False,
+) -> None:
+    """Run a recipe with many settings: size against quality, and the winner's recipe."""
+    if out is None:
+        raise UsageError("no output directory given", hint="add -o DIR")
+    import numpy  # noqa: F401 (its BLAS keeps the one thread that it was started with)
+
+    leave_threads_to_torch()
+    from compress.evaluate.data import request_of
+    from compress.sweep.command import Calibration, sweep_model
+    from compress.sweep.show import print_sweep
+
+    evaluate_on = request_of(
+        eval_text, eval_pairs, eval_images, window=eval_window, samples=eval_samples
+    )
+    with progress_bar() as progress:
+        body = sweep_model(
+            recipe,
+            model,
+            grid or [],
+            out,
+            evaluate_on,
+            Calibration(text, ids, images, length, samples),
+            metric=metric,
+            module=module,
+            fail_if=fail_if or [],
+            seed=seed,
+            format=format,
+            resume=resume,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    emit(body, json, lambda: print_sweep(body, str(out), console()))
+    if body["best"] is None:
+        raise GateError("no point passes the gates", hint="the figures are in results.json")

@@ -23,7 +23,7 @@ def loss(row: Row, metric: str) -> float:
 def frontier(rows: Sequence[Row], metric: str) -> list[int]:
     """Indices of the points that no other beats in size and quality, by size."""
     order = sorted(
-        range(len(rows)), key=lambda i: (rows[i]["metrics"]["bytes"], _key(rows, i, metric))
+        range(len(rows)), key=lambda i: (rows[i]["metrics"]["bytes"], loss(rows[i], metric))
     )
     found: list[int] = []
     best = math.inf

@@ -44,6 +44,8 @@ def print_sweep(body: Mapping[str, Any], out: str, console: Console) -> None:
     for row in body["points"]:
         if row["error"] is not None:
             console.print(Text(f"{row['number']}: {show(row['label'], 60)}: {row['error']}"))
+    for warning in body["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"))
     better = METRICS[metric].better
     console.print(Text(f"* no other point is smaller and better ({better} {metric} is better)"))
     if body["best"] is None:

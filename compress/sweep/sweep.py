@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 RESULTS, PICTURE, BEST = "results.json", "sweep.svg", "best.yaml"
 _MAX_RESULTS = 1 << 28
-# (plan of every pass of every point, where to write) -> the statistics
-Calibrate = Callable[[Plan, Path, Progress], "Statistics"]
+# (plan of every pass of every point, where to write) -> the statistics, and what to say of them
+Calibrate = Callable[[Plan, Path, Progress], tuple["Statistics", list[str]]]
 
 
 @dataclass(frozen=True)
@@ -83,20 +83,20 @@ def sweep(
     refuse_overlap(job.checkpoint.path, out)
     done = _open(job, out, resume)
     plans = _plans(job)
-    statistics = _calibrated(job, plans, out, progress)
+    statistics, warnings = _calibrated(job, plans, out, progress)
     try:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for number, point in enumerate(job.points, 1):
             row = done.get(point.key)
             if row is None:
                 title = f"point {number} of {len(job.points)}"
                 row = _row(job, point, plans[number - 1], statistics, out, _titled(progress, title))
             rows.append({"number": number, **row})
-            _save(_body(job, rows), out)
+            _save(_body(job, rows, warnings), out)
     finally:
         if statistics is not None:
             statistics.close()
-    body = _body(job, rows)
+    body = _body(job, rows, warnings)
     _finish(job, body, out)
     return body
 
@@ -172,10 +172,10 @@ def _plans(job: Job) -> list[Plan | UsageError]:
 
 def _calibrated(
     job: Job, plans: Sequence[Plan | UsageError], out: Path, progress: Progress
-) -> Statistics | None:
-    """What all points' passes want to know, collected once."""
+) -> tuple[Statistics | None, list[str]]:
+    """What all points' passes want to know, collected once; and what to say of the data."""
     if job.calibrate is None:
-        return None
+        return None, []
     made = [plan for plan in plans if isinstance(plan, Plan)]
     every = replace(
         made[0],
@@ -183,8 +183,9 @@ def _calibrated(
         members=tuple(infos for plan in made for infos in plan.members),
     )
     if not any(one.needs | one.welcomes for one in every.passes):
-        return None
-    return job.calibrate(every, out / "stats.safetensors", progress)
+        return None, []
+    found, warnings = job.calibrate(every, out / "stats.safetensors", progress)
+    return found, [*warnings, *job.evaluation.warnings(dict(found.record.data))]
 
 
 # ------------------------------------------------------------ the folder
@@ -237,7 +238,7 @@ def _key(job: Job) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _body(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _body(job: Job, rows: list[dict[str, Any]], warnings: list[str]) -> dict[str, Any]:
     finished = [row for row in rows if row["metrics"] is not None]
     ahead = choice.frontier(finished, job.metric)
     best = choice.winner(finished, job.metric, job.recipe.gates)
@@ -248,6 +249,7 @@ def _body(job: Job, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "metric": job.metric,
         "gates": [str(gate) for gate in job.recipe.gates],
         "data": dict(job.evaluation.data.record),
+        "warnings": warnings,
         "points": rows,
         "frontier": [finished[i]["number"] for i in ahead],
         "best": None if best is None else finished[best]["number"],
