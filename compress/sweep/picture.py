@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from xml.sax.saxutils import escape
 
 from compress.evaluate.metrics import HIGH, METRICS
@@ -12,15 +13,18 @@ from compress.evaluate.metrics import HIGH, METRICS
 WIDTH, HEIGHT = 760, 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 78, 24, 46, 52
 _LETTER, _LINE = 6.6, 14  # the size of a letter of 12 px, rounded up
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
 _WIDE = 4.0  # values that differ by more than this factor get a logarithmic axis
 _STYLE = """
     .page{fill:#ffffff} text{fill:#1f2328;font:12px system-ui,sans-serif} .title{font-size:14px}
     .soft{fill:#59636e} .grid{stroke:#d1d9e0;stroke-width:1} .point{fill:#8c959f}
     .ahead{fill:#0969da} .line{stroke:#0969da;stroke-width:1.5;fill:none} .best{fill:none;
     stroke:#bc4c00;stroke-width:2}
+    .label{stroke:#ffffff;stroke-width:3px;stroke-linejoin:round;paint-order:stroke}
     @media (prefers-color-scheme: dark){.page{fill:#0d1117} text{fill:#e6edf3}
     .soft{fill:#9198a1} .grid{stroke:#3d444d} .point{fill:#9198a1} .ahead{fill:#4493f8}
-    .line{stroke:#4493f8} .best{stroke:#f0883e}}
+    .line{stroke:#4493f8} .best{stroke:#f0883e}
+    .label{stroke:#0d1117}}
 """
 
 
@@ -127,6 +131,11 @@ def _points(dots: Sequence[Dot], x: _Axis, y: _Axis) -> list[str]:
     parts = [f'<path class="line" d="{steps}"/>'] if len(ahead) > 1 else []
     places = [(x.at(d.size), y.at(d.value)) for d in dots]
     taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in places]
+    line = [
+        (left, min(up, down) - 2, right, max(up, down) + 2)
+        for (a, b), (c, d) in pairwise(corners)
+        for left, up, right, down in ((a, b, c, b), (c - 2, b, c + 2, d))
+    ]
     labels = []
     order = sorted(range(len(dots)), key=lambda i: (not dots[i].best, not dots[i].ahead))
     for i in order:
@@ -138,21 +147,21 @@ def _points(dots: Sequence[Dot], x: _Axis, y: _Axis) -> list[str]:
         )
         if dot.best:
             parts.append(f'<circle class="best" cx="{px:.1f}" cy="{py:.1f}" r="8"/>')
-        label = _placed(_clean(dot.label), px, py, taken)
-        if label is None:
-            label = _placed(str(dot.number), px, py, taken)
-        if label is not None:
-            labels.append(label)
+        full, short = _clean(dot.label), str(dot.number)
+        for text, around in ((full, [*taken, *line]), (full, taken), (short, taken)):
+            placed = _placed(text, px, py, around)
+            if placed is not None:
+                labels.append(placed[0])
+                taken.append(placed[1])
+                break
     return parts + labels
 
 
-def _placed(
-    text: str, px: float, py: float, taken: list[tuple[float, float, float, float]]
-) -> str | None:
-    """The label beside its point where it covers nothing, None where there is no room."""
+def _placed(text: str, px: float, py: float, taken: Sequence[_Box]) -> tuple[str, _Box] | None:
+    """The label beside its point where it covers nothing, with its box; None without room."""
     width = _LETTER * len(text)
     for dx, dy, anchor in (
-        (11, 4, "start"), (-11, 4, "end"), (0, -12, "middle"), (0, 20, "middle"),
+        (13, 4, "start"), (-13, 4, "end"), (0, -12, "middle"), (0, 20, "middle"),
         (9, -9, "start"), (-9, -9, "end"), (9, 18, "start"), (-9, 18, "end"),
     ):  # fmt: skip
         left = px + dx - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
@@ -166,8 +175,7 @@ def _placed(
         if inside and not any(
             box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken
         ):
-            taken.append(box)
-            return _text(px + dx, py + dy, text, "", anchor)
+            return _text(px + dx, py + dy, text, "label", anchor), box
     return None
 
 
