@@ -511,7 +511,7 @@ def _evaluation(
         return None
     from compress.evaluate.finished import Evaluation
 
-    return Evaluation(checkpoint, request, module=options.module, threads=options.workers)
+    return Evaluation(checkpoint, request, module=options.module, threads=options.jobs)
 
 
 def _register_one_pass_commands(arguments: list[str]) -> None:

@@ -33,6 +33,8 @@ def test_help_lists_every_command_and_is_quick() -> None:
         "generate",
         "bench",
         "kernels",
+        "eval",
+        "sweep",
         "prune",
         "super-weights",
         "quantize",

@@ -90,7 +90,7 @@ def sweep_model(
     options = Options(format=format, module=module)
     with open_checkpoint(source, allow_pickle=allow_pickle) as checkpoint:
         inputs = calibration.read(checkpoint)
-        evaluation = Evaluation(checkpoint, evaluate_on, module=module, threads=options.workers)
+        evaluation = Evaluation(checkpoint, evaluate_on, module=module, threads=options.jobs)
         return sweep(
             Job(
                 checkpoint,

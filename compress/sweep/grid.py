@@ -116,7 +116,9 @@ def _point(recipe: Recipe, axes: Sequence[Axis], values: Sequence[Any]) -> Point
         made = replace(recipe, passes=tuple(passes))
     except UsageError as error:
         return Point(settings, None, error.message, json.dumps(settings, default=str))
-    return Point(settings, made, None, json.dumps(made.resolved(), sort_keys=True))
+    resolved = made.resolved()
+    del resolved["gates"]  # they judge a point and do not change it
+    return Point(settings, made, None, json.dumps(resolved, sort_keys=True))
 
 
 def _place(name: str, index: int | None, recipe: Recipe, text: str) -> int:

@@ -81,8 +81,8 @@ def sweep(
     """
     require(job.recipe.gates, job.kind, reference=True, report=True)
     refuse_overlap(job.checkpoint.path, out)
-    done = _open(job, out, resume)
     plans = _plans(job)
+    done = _open(job, out, resume)
     statistics, warnings = _calibrated(job, plans, out, progress)
     try:
         rows: list[dict[str, Any]] = []
