@@ -9,7 +9,7 @@ import json
 import platform
 import re
 import resource
-from collections.abc import Mapping
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ Weights = dict[str, torch.Tensor]
 BLOCK_LINEAR = re.compile(r"\.layers\.\d+\..*_proj\.weight$")
 
 
-def dense_bits(shape: tuple[int, ...], bits: int, group: int, scale: float, zero: float) -> float:
+def dense_bits(weights: torch.Tensor, bits: int, group: int, scale: float, zero: float) -> float:
     """Bits of one matrix: codes, and `scale` + `zero` bits a group of a row."""
-    rows, columns = shape
+    rows, columns = weights.shape
     groups = 1 if group <= 0 else -(-columns // group)
     return rows * (columns * bits + groups * (scale + zero))
 
@@ -33,7 +33,7 @@ def sparse_bits(weights: torch.Tensor, bits: int, group: int, scale: float, zero
     """The same stored sparse: a bitmask by rows of whole bytes, codes of the nonzeros only."""
     rows, columns = weights.shape
     codes = 8 * rows * -(-columns // 8) + int(torch.count_nonzero(weights)) * bits
-    return codes + dense_bits((rows, columns), 0, group, scale, zero)
+    return codes + dense_bits(weights, 0, group, scale, zero)
 
 
 def levels(weights: torch.Tensor, group: int) -> int:
@@ -53,38 +53,39 @@ def source_weights(model: Path) -> Weights:
     return found
 
 
-def block_linears(names: Mapping[str, torch.Tensor]) -> list[str]:
+def names(model: Path) -> list[str]:
+    """The names of a safetensors checkpoint's tensors."""
+    found: list[str] = []
+    for file in sorted(model.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as handle:
+            found += handle.keys()
+    return found
+
+
+def block_linears(names: Iterable[str]) -> list[str]:
     """The matrices that every method quantizes: not the embeddings, not the head."""
     return [name for name in names if BLOCK_LINEAR.search(name)]
 
 
-def save(out: Path, weights: Weights, total_bits: float, seconds: float, **more: Any) -> None:
+def save(out: Path, weights: Weights | None, total_bits: float | None, **facts: Any) -> None:
     """Write OUT/dense.safetensors (fp32) and OUT/figures.json.
 
     `weights` holds the dequantized block linears, and whatever else the method changed: AWQ moves
-    scales into the norms. `total_bits` are of the block linears; `seconds` of the peer's own work,
-    without imports and loading.
+    scales into the norms; None leaves that file away, for runs that only take the time.
+    `total_bits` are of the block linears. `facts` go into figures.json as they are.
     """
-    linears = block_linears(weights)
-    count = sum(weights[name].numel() for name in linears)
-    zeros = sum(weights[name].numel() - int(weights[name].count_nonzero()) for name in linears)
     out.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {n: w.to(torch.float32).contiguous() for n, w in weights.items()}, out / "dense.safetensors"
-    )
-    figures = {
-        "bits_per_weight": total_bits / count,
-        "linears": len(linears),
-        "weights": count,
-        "zeros": zeros / count,
-        "seconds": seconds,
-        "peak_rss": peak_memory(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **more,
-    }
-    (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures))
+    found = {**facts, "threads": torch.get_num_threads(), "python": platform.python_version()}
+    if weights is not None and total_bits is not None:
+        linears = [weights[name] for name in block_linears(weights)]
+        count = sum(weight.numel() for weight in linears)
+        nonzero = sum(int(weight.count_nonzero()) for weight in linears)
+        found |= {"bits_per_weight": total_bits / count, "linears": len(linears), "weights": count}
+        found |= {"zeros": 1 - nonzero / count}
+        dense = {name: weight.to(torch.float32).contiguous() for name, weight in weights.items()}
+        save_file(dense, out / "dense.safetensors")
+    (out / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
 
 
 def peak_memory() -> int:

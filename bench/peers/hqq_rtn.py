@@ -56,7 +56,8 @@ def main() -> None:
         options.out,
         weights,
         total,
-        seconds,
+        seconds=seconds,
+        peak_rss=figures.peak_memory(),
         versions=figures.versions("hqq", "torch"),
         arguments={k: str(v) for k, v in vars(options).items()},
     )

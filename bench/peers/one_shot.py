@@ -66,47 +66,46 @@ def run(options: argparse.Namespace, recipe: list[Any], keep_zeros: bool = False
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype])
     ids = torch.from_numpy(np.load(options.ids).astype(np.int64))
     ids = ids[: options.sequences] if options.sequences else ids
-    batches = DataLoader(
-        [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids],
-        batch_size=options.batch,
-    )
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
     begun = time.time()
+    batches = DataLoader(rows, batch_size=options.batch)
     oneshot(model=model, dataset=batches, recipe=recipe, processor=object())
-    seconds = time.time() - begun
-    weights, total = {}, 0.0
+    facts = {
+        "seconds": time.time() - begun,
+        "peak_rss": figures.peak_memory(),
+        "sequences": list(ids.shape),
+        "versions": figures.versions(
+            "llmcompressor", "compressed-tensors", "torch", "transformers"
+        ),
+        "arguments": {k: str(v) for k, v in vars(options).items()},
+    }
+    layers = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if getattr(module, "quantization_scheme", None) is not None
+    }
+    if sorted(layers) != sorted(figures.block_linears(figures.names(options.model))):
+        raise SystemExit(f"quantized {len(layers)} matrices, which are not the block linears")
+    if options.no_weights:
+        figures.save(options.out, None, None, **facts)
+        return
+    weights = {name: decoded(module, options) for name, module in layers.items()}
     zero = options.bits if options.asymmetric else 0
-    for name, module in model.named_modules():
-        if getattr(module, "quantization_scheme", None) is None:
-            continue
-        decoded = forward_quantize(
-            module, module.weight.data, "weight", module.quantization_scheme.weights
-        )
-        if figures.levels(decoded, options.group) > 1 << options.bits:
-            raise SystemExit(
-                f"{name}: more distinct values in a group than {options.bits} bits tell apart"
-            )
-        total += (
-            figures.sparse_bits(decoded, options.bits, options.group, SCALE_BITS, zero)
-            if keep_zeros
-            else figures.dense_bits(
-                tuple(decoded.shape), options.bits, options.group, SCALE_BITS, zero
-            )
-        )
-        weights[f"{name}.weight"] = decoded
-    if sorted(weights) != sorted(figures.block_linears(figures.source_weights(options.model))):
-        raise SystemExit(f"quantized {len(weights)} matrices, which are not the block linears")
-    if not options.no_weights:
-        weights.update(changed(model, options.model, weights))
-    figures.save(
-        options.out,
-        weights,
-        total,
-        seconds,
-        versions=figures.versions("llmcompressor", "compressed-tensors", "torch", "transformers"),
-        arguments={k: str(v) for k, v in vars(options).items()},
-        sequences=list(ids.shape),
-        with_weights=not options.no_weights,
+    count = figures.sparse_bits if keep_zeros else figures.dense_bits
+    per = (options.bits, options.group, SCALE_BITS, zero)
+    total = sum(count(weight, *per) for weight in weights.values())
+    weights.update(changed(model, options.model, weights))
+    figures.save(options.out, weights, total, **facts)
+
+
+def decoded(module: torch.nn.Module, options: argparse.Namespace) -> torch.Tensor:
+    """The weights that the layer's forward multiplies by."""
+    found = forward_quantize(
+        module, module.weight.data, "weight", module.quantization_scheme.weights
     )
+    if figures.levels(found, options.group) > 1 << options.bits:
+        raise SystemExit(f"a group has more distinct values than {options.bits} bits tell apart")
+    return found
 
 
 def changed(model: torch.nn.Module, source: Path, taken: figures.Weights) -> figures.Weights:
