@@ -1,7 +1,7 @@
 """Every peer on one model: bits per weight, perplexity, seconds, memory.
 
     python bench/peers/environments.py
-    COMPRESS_SHARED=DIR python bench/peers/compare.py [--only WORD] [--json FILE] [--sequences 64]
+    COMPRESS_SHARED=DIR python bench/peers/compare.py [--only PATTERN] [--json FILE] [--list]
 
 Runs in this project's environment and starts each peer in its own. All calibrate on the same token
 ids and are measured by the same code (evaluate.py). A result that FILE holds already is not made
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -128,13 +129,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=shared / "data")
     parser.add_argument("--environments", type=Path, default=ROOT / "build" / "peers")
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "peers.json")
-    parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--only", default="", help="settings whose name this pattern finds")
     parser.add_argument("--figure", type=float, help="settings of this figure only")
     parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, to calibrate on")
     parser.add_argument("--list", action="store_true", help="print the settings and stop")
     options = parser.parse_args()
     chosen = [
-        s for s in settings() if options.only in s.name and options.figure in (None, s.figure)
+        s
+        for s in settings()
+        if re.search(options.only, s.name) and options.figure in (None, s.figure)
     ]
     if options.list:
         print("\n".join(f"{s.figure:5.2f}  {s.name}" for s in chosen))
