@@ -5,7 +5,8 @@
 
 tiny-llama-en, block linears only, embeddings and head at 16 bits in all. Every method calibrates on
 the same 64 x 512 tokens of WikiText-2 valid; all are measured by bench/peers/evaluate.py on
-WikiText-2 test. The peers run in environments of their own with their best settings (bench/peers/README.md).
+WikiText-2 test. The peers run in environments of their own with their best settings
+(bench/peers/README.md).
 `--peers FILE` keeps their results; what it holds already is not run again.
 """
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from toolbox import tiny_llama, tool_json
+from toolbox import tiny_llama, tool, tool_json
 
 SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 COMPRESS = f"{sys.executable} -m compress"
@@ -34,8 +34,28 @@ def test_the_encoder_recipe_ships_minilm_under_20_mb(minilm: Path, tmp_path: Pat
 
 
 def test_the_decoder_recipe_on_a_trained_decoder(shared_dir: Path, tmp_path: Path) -> None:
+    """One command calibrates, compresses, evaluates, and publishes or refuses."""
+    model, data = shared_dir / "models" / "tiny-llama-en", shared_dir / "data"
+    words = ["run", model, "--recipe", SAMPLES / "decoder.yaml"]
+    words += ["--text", data / "wikitext2_valid.txt", "--samples", "4", "--length", "256"]
+    words += ["--eval-text", data / "wikitext2_test.txt", "--eval-samples", "4"]
+    passing = ["--fail-if", "kl>0.1", "--fail-if", "perplexity_ratio>1.05"]
+    body = tool_json(*words, *passing, "-o", tmp_path / "out")
+    rows = {r["name"]: r for r in body["tensors"]}
+    assert rows["model.layers.1.mlp.down_proj.weight"]["bits"] == 8
+    assert rows["model.layers.1.mlp.down_proj.weight"]["outliers"] >= 2
+    assert rows["model.layers.1.mlp.up_proj.weight"]["bits"] == 4
+    assert 0 < body["evaluation"]["metrics"]["kl"] < 0.1
+    assert (tmp_path / "out" / "manifest.json").exists()
+    refused = tool(*words, "--fail-if", "kl>0.00001", "-o", tmp_path / "refused")
+    assert refused.returncode == 4
+    assert "kl is" in refused.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_decoder_recipe_without_data(shared_dir: Path, tmp_path: Path) -> None:
     model = shared_dir / "models" / "tiny-llama-en"
-    recipe = SAMPLES / "decoder.yaml"
+    recipe = SAMPLES / "decoder-data-free.yaml"
     body = tool_json("run", model, "--recipe", recipe, "-o", tmp_path / "out")
     rows = {r["name"]: r for r in body["tensors"]}
     assert rows["model.layers.1.mlp.down_proj.weight"]["bits"] == 8
@@ -54,12 +74,12 @@ def test_the_cnn_recipe_on_a_trained_resnet(shared_dir: Path, tmp_path: Path) ->
 def test_the_pipeline_step_passes_and_fails_as_its_gate_says(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     out, report = tmp_path / "out", tmp_path / "report.json"
-    done = shell("ci-step.sh", model, SAMPLES / "decoder.yaml", out, report)
+    done = shell("ci-step.sh", model, SAMPLES / "decoder-data-free.yaml", out, report)
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout
     os.environ["MAX_ERROR"] = "0.0001"
     try:
-        failed = shell("ci-step.sh", model, SAMPLES / "decoder.yaml", tmp_path / "none", report)
+        failed = shell("ci-step.sh", model, SAMPLES / "decoder-data-free.yaml", tmp_path / "none", report)
     finally:
         del os.environ["MAX_ERROR"]
     assert failed.returncode == 4
