@@ -13,6 +13,7 @@ from compress import __version__, evaluation_commands
 from compress.calibrate.on_the_way import CalibrateOn
 from compress.calibrate_command import calibrate
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
+from compress.evaluate.on_the_way import EvaluateOn, prepared
 from compress.options import (
     CalibrateDocuments,
     CalibrateIds,
@@ -43,14 +44,9 @@ from compress.terminal import (
 )
 
 if TYPE_CHECKING:
-    from compress.checkpoint import Checkpoint
-    from compress.evaluate.data import Request
-    from compress.evaluate.finished import Evaluation
     from compress.plan import Options, Plan
     from compress.recipe import Recipe
 
-# --eval-text, --eval-pairs, --eval-images, --eval-window, --eval-samples
-EvaluateOn = tuple[Path | None, Path | None, Path | None, int | None, int | None]
 
 limit_threads()
 
@@ -166,7 +162,7 @@ def run(
         fsync=not no_fsync,
         content_hash=content_hash,
         calibrate_on=CalibrateOn(stats, text, sentences, ids, images, samples, length, documents),
-        evaluate_on=(eval_text, eval_pairs, eval_images, eval_window, eval_samples),
+        evaluate_on=EvaluateOn(eval_text, eval_pairs, eval_images, eval_window, eval_samples),
         module=module,
         json=json,
     )
@@ -448,7 +444,7 @@ def _run(
     content_hash: bool,
     json: bool,
     calibrate_on: CalibrateOn,
-    evaluate_on: EvaluateOn = (None, None, None, None, None),
+    evaluate_on: EvaluateOn,
     module: str | None = None,
 ) -> None:
     from dataclasses import replace
@@ -464,7 +460,7 @@ def _run(
     from compress.run import run as run_plan
 
     job = replace(job, gates=(*job.gates, *(Gate.parse(text) for text in fail_if)))
-    request = _eval_request(evaluate_on)
+    request = evaluate_on.request()
     kind = None if request is None else request.kind
     require(job.gates, kind, reference=True, report=True)
     options = replace(options, module=module)
@@ -475,7 +471,7 @@ def _run(
         progress_bar() as progress,
     ):
         draft: Plan = make_plan(checkpoint, job, options, calibrated=calibrate_on.is_given)
-        evaluation = _evaluation(checkpoint, request, options)
+        evaluation = prepared(checkpoint, request, options)
         with statistics_for(
             draft, calibrate_on, out, resume=resume, fsync=fsync, progress=progress
         ) as known:
@@ -489,29 +485,6 @@ def _run(
             )
             result = run_plan(made, out, settings, progress)
     emit(result.body, json, lambda: print_report(result, console()), raw=result.to_json)
-
-
-def _eval_request(given: EvaluateOn) -> Request | None:
-    """What the --eval options ask for; torch is only imported where they ask for something."""
-    text, pairs, images, window, samples = given
-    if all(value is None for value in given):
-        return None
-    import numpy  # noqa: F401 (its BLAS keeps the one thread that it was started with)
-
-    leave_threads_to_torch()
-    from compress.evaluate.data import request_of
-
-    return request_of(text, pairs, images, window=window, samples=samples)
-
-
-def _evaluation(
-    checkpoint: Checkpoint, request: Request | None, options: Options
-) -> Evaluation | None:
-    if request is None:
-        return None
-    from compress.evaluate.finished import Evaluation
-
-    return Evaluation(checkpoint, request, module=options.module, threads=options.jobs)
 
 
 def _register_one_pass_commands(arguments: list[str]) -> None:
@@ -530,7 +503,7 @@ def _register_one_pass_commands(arguments: list[str]) -> None:
 
 
 def _run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
-    from compress.pass_command import CALIBRATION
+    from compress.pass_command import CALIBRATION, EVALUATION
     from compress.recipe import Recipe
 
     _run(
@@ -549,6 +522,7 @@ def _run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
         content_hash=False,
         calibrate_on=CalibrateOn(**{key: common[key] for key in CALIBRATION}),
         module=common["module"],
+        evaluate_on=EvaluateOn(*(common[key] for key in EVALUATION)),
         json=common["json"],
     )
 

@@ -122,6 +122,9 @@ def sweep(
     text: Annotated[
         Path | None, typer.Option(help="Calibrate once on this text.", metavar="FILE")
     ] = None,
+    sentences: Annotated[
+        Path | None, typer.Option(help="Calibrate once on sentences.", metavar="FILE")
+    ] = None,
     ids: Annotated[
         Path | None, typer.Option(help="Calibrate once on token ids (.npy).", metavar="FILE")
     ] = None,
@@ -167,7 +170,7 @@ def sweep(
             grid or [],
             out,
             evaluate_on,
-            Calibration(text, ids, images, length, samples),
+            Calibration(text, sentences, ids, images, length, samples),
             metric=metric,
             module=module,
             fail_if=fail_if or [],

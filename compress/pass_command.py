@@ -15,9 +15,10 @@ from compress.passes.base import Pass, option_fields
 from compress.recipe import build_pass, parse_yaml
 
 CALIBRATION = ("stats", "text", "sentences", "ids", "images", "samples", "length", "documents")
+EVALUATION = ("eval_text", "eval_pairs", "eval_images", "eval_window", "eval_samples")
 _COMMON = (
     "format", "untouched", "jobs", "memory", "seed", "fail_if", "report", "overwrite", "resume",
-    "allow_pickle", "no_fsync", "json", "module", *CALIBRATION,
+    "allow_pickle", "no_fsync", "json", "module", *CALIBRATION, *EVALUATION,
 )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.calibrate import data as text_data
-from compress.calibrate.inputs import Inputs, read_ids, read_images
+from compress.calibrate.inputs import Inputs
+from compress.calibrate_command import read_inputs
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import UsageError, show
 from compress.evaluate.data import Request
@@ -24,29 +24,26 @@ from compress.sweep.sweep import Job, check_metric, sweep
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the data of the one calibration lies; at most one of the three files."""
+    """Where the data of the one calibration lies; at most one of the files."""
 
     text: Path | None = None
+    sentences: Path | None = None
     ids: Path | None = None
     images: Path | None = None
     length: int | None = None
     samples: int | None = None
 
-    def read(self, checkpoint: Checkpoint) -> Inputs | None:
+    def read(self, checkpoint: Checkpoint, seed: int) -> Inputs | None:
         """The inputs, None where no file is given. Raises UsageError, InputError."""
-        given = [path for path in (self.text, self.ids, self.images) if path is not None]
-        if len(given) > 1:
-            raise UsageError(
-                f"{show(str(given[0]))} and {show(str(given[1]))}: a model is calibrated on one",
-                hint="give one of --text, --ids and --images",
-            )
-        if self.text is not None:
-            return text_data.text_ids(
-                self.text, checkpoint, length=self.length, samples=self.samples
-            )
-        if self.ids is not None:
-            return read_ids(self.ids, checkpoint.config, samples=self.samples)
-        return None if self.images is None else read_images(self.images, samples=self.samples)
+        given = {
+            "text": self.text,
+            "sentences": self.sentences,
+            "ids": self.ids,
+            "images": self.images,
+        }
+        if all(path is None for path in given.values()):
+            return None
+        return read_inputs(checkpoint, given, samples=self.samples, length=self.length, seed=seed)
 
 
 def sweep_model(
@@ -89,7 +86,7 @@ def sweep_model(
     every = points(job, [parse_axis(text, job) for text in grid])
     options = Options(format=format, module=module)
     with open_checkpoint(source, allow_pickle=allow_pickle) as checkpoint:
-        inputs = calibration.read(checkpoint)
+        inputs = calibration.read(checkpoint, job.seed)
         evaluation = Evaluation(checkpoint, evaluate_on, module=module, threads=options.jobs)
         return sweep(
             Job(
