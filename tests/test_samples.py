@@ -79,7 +79,9 @@ def test_the_pipeline_step_passes_and_fails_as_its_gate_says(tmp_path: Path) -> 
     assert "verified" in done.stdout
     os.environ["MAX_ERROR"] = "0.0001"
     try:
-        failed = shell("ci-step.sh", model, SAMPLES / "decoder-data-free.yaml", tmp_path / "none", report)
+        failed = shell(
+            "ci-step.sh", model, SAMPLES / "decoder-data-free.yaml", tmp_path / "none", report
+        )
     finally:
         del os.environ["MAX_ERROR"]
     assert failed.returncode == 4
