@@ -77,7 +77,7 @@ def make_runner(checkpoint: Checkpoint, engine: str, module: str | None) -> Runn
     if engine == "kernels":
         return Kernels(checkpoint.path)
     if engine == "module" and module is not None:
-        from compress.engines.module import load_module  # type: ignore
+        from compress.engines.module import load_module
 
         return Module(load_module(module, checkpoint), str(checkpoint.path))
     return Decoded(checkpoint)

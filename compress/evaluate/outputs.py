@@ -21,6 +21,7 @@ import torch
 
 from compress.checkpoint import Checkpoint
 from compress.engines.blocks import Batch, BlockModel
+from compress.engines.module import UserModule
 from compress.errors import InputError, UsageError, show
 from compress.runtime.architecture import build
 from compress.runtime.loading import WeightLoader, load
@@ -192,8 +193,8 @@ class Kernels(Runner):
 class Module(Runner):
     """A user's own torch module: it is called with the first input alone, and returns logits.
 
-    Images come as float32 [n, channels, height, width] from 0 to 1; what a model subtracts and
-    divides by is the module's own business.
+    Images go through the `preprocess` of the user's file, else they come as float32 [n, channels,
+    height, width] from 0 to 1.
     """
 
     name = "module"
@@ -207,9 +208,14 @@ class Module(Runner):
         """The wanted output for each input."""
         for one in inputs:
             with torch.no_grad(), _explained(self.module, self._where):
-                output = self.module(_first(one))
+                output = self.module(self._given(one))
             yield _pick(output, wanted, self.module, self._where)
             step()
+
+    def _given(self, one: Inputs) -> Any:
+        if isinstance(self.module, UserModule) and "images" in one:
+            return self.module.prepare(one["images"])
+        return _first(one)
 
 
 def image_values(images: Array) -> Array:
