@@ -130,7 +130,7 @@ def module_inputs(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     A convolution's columns are its patches; any other module reads the last axis as it is
     (`nn.Linear`, and GPT-2's Conv1D, whose weight is stored transposed).
     """
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return conv_patches(module, inputs)
     return inputs.detach().float().reshape(1, -1, inputs.shape[-1])
 
@@ -139,7 +139,7 @@ def module_inputs(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 def conv_patches(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     """The patches of a convolution, float32 [groups, n, channels / groups * kernel].
 
-    module  Conv1d or Conv2d with any stride, padding (modes too), dilation and groups
+    module  Conv1d, 2d or 3d with any stride, padding (modes too), dilation and groups
     inputs  [batch, channels, *size], or without the batch; n counts batch and output places
     Columns are in the order of the weight's: channel, then kernel rows, then kernel columns.
     """

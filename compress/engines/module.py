@@ -134,6 +134,11 @@ def load_module(spec: str, checkpoint: Checkpoint) -> UserModule:
         inner = build()
         if isinstance(inner, nn.Module):  # on the CPU: weights without a place fail here
             inner = inner.to("cpu", torch.float32).requires_grad_(False).eval()
+            for layer in inner.modules():
+                if isinstance(getattr(layer, "inplace", None), bool):
+                    layer.__dict__["inplace"] = (
+                        False  # what one layer was given stays to be looked at
+                    )
     if not isinstance(inner, nn.Module):
         raise UsageError(
             f"--module {show(spec)}: {factory}() made {show(type(inner).__name__)}, no"
