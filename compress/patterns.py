@@ -53,10 +53,14 @@ def matches_any(patterns: Iterable[str], info: TensorInfo) -> bool:
     return any(matches(pattern, info) for pattern in patterns)
 
 
-def eligible(info: TensorInfo, roles: Collection[Role]) -> bool:
-    """Whether a tensor can be a target at all: floating point, a matrix with weights, a role."""
-    is_matrix = len(info.shape) >= MATRIX_AXES and info.size > 0
-    return info.is_float and is_matrix and info.role in roles
+def eligible(info: TensorInfo, roles: Collection[Role], *, vectors: bool = False) -> bool:
+    """Whether a tensor can be a target at all: floating point, a matrix with weights, a role.
+
+    `vectors`: of passes that work on those instead.
+    """
+    axes = len(info.shape)
+    fits = axes == 1 if vectors else axes >= MATRIX_AXES
+    return info.is_float and fits and info.size > 0 and info.role in roles
 
 
 def select(
@@ -65,12 +69,15 @@ def select(
     ignore: Sequence[str] = (),
     default_roles: Collection[Role] = WEIGHT_ROLES,
     named_roles: Collection[Role] = NAMED_ROLES,
+    *,
+    vectors: bool = False,
 ) -> list[TensorInfo]:
     """The tensors a pass works on, in the order of `infos`.
 
     Without targets: those whose role is one of `default_roles`. With targets: those that match
     one of them and whose role is one of `named_roles`. `ignore` takes tensors away from either.
-    Only floating-point tensors of two or more dimensions are ever chosen.
+    Only floating-point tensors of two or more dimensions are ever chosen, with `vectors` only those
+    of one.
 
     Raises UsageError for a malformed pattern, for a pattern that matches no tensor of the
     checkpoint, and for a target that matches only tensors no pass may be pointed at.
@@ -84,14 +91,14 @@ def select(
         matched = [info for info in infos if matches(pattern, info)]
         if not matched:
             raise _no_match("target", pattern, infos)
-        fit = [info.name for info in matched if eligible(info, roles)]
+        fit = [info.name for info in matched if eligible(info, roles, vectors=vectors)]
         if not fit:
-            raise _not_eligible(pattern, matched)
+            raise _not_eligible(pattern, matched, vectors=vectors)
         chosen.update(fit)
     return [
         info
         for info in infos
-        if (info.name in chosen if targets else eligible(info, roles))
+        if (info.name in chosen if targets else eligible(info, roles, vectors=vectors))
         and not matches_any(ignore, info)
     ]
 
@@ -131,11 +138,19 @@ def _no_match(kind: str, pattern: str, infos: Sequence[TensorInfo]) -> UsageErro
     return UsageError(f"{kind} pattern '{show(pattern)}' matches no tensor", hint=hint)
 
 
-def _not_eligible(pattern: str, matched: Sequence[TensorInfo]) -> UsageError:
+def _not_eligible(
+    pattern: str, matched: Sequence[TensorInfo], *, vectors: bool = False
+) -> UsageError:
     first = matched[0]
+    what = "norms or biases" if vectors else "weight matrices"
+    hint = (
+        "targets of this pass are vectors of floating point: norms, biases, running statistics"
+        if vectors
+        else "targets are floating-point tensors of two or more dimensions: weights, embeddings, "
+        "heads; norms, biases and buffers are kept as they are"
+    )
     return UsageError(
-        f"target pattern '{show(pattern)}' matches only tensors that are not weight matrices, "
+        f"target pattern '{show(pattern)}' matches only tensors that are not {what}, "
         f"e.g. {show(first.name)} {list(first.shape)} {first.dtype} ({first.role.value})",
-        hint="targets are floating-point tensors of two or more dimensions: weights, embeddings, "
-        "heads; norms, biases and buffers are kept as they are",
+        hint=hint,
     )

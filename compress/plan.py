@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import formats, layout, patterns, roles, tiles
 from compress.buffers import BufferPool
-from compress.calibrate.statistics import missing_kinds
+from compress.calibrate.statistics import INPUTS, missing_kinds
 from compress.checkpoint import Checkpoint
 from compress.checkpoint import config as model_config
 from compress.checkpoint.writer import nbytes_of
@@ -338,7 +338,9 @@ def _ordered(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], list[str]]:
 
 
 def _targets(one: Pass, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
-    chosen = patterns.select(infos, one.targets, one.ignore, one.roles, NAMED_ROLES)
+    vectors = one.writes == "values"
+    named = one.roles if vectors else NAMED_ROLES
+    chosen = patterns.select(infos, one.targets, one.ignore, one.roles, named, vectors=vectors)
     optional = one.writes == "outliers" and not one.targets  # finding none is a result there
     if not chosen and not optional:
         wanted = ", ".join(sorted(r.value for r in one.roles))
@@ -360,6 +362,11 @@ def _require_statistics(plan: Plan) -> None:
                 f" ({', '.join(sorted(one.needs))})",
                 hint="give --text F (or --ids, --images) to calibrate on the way, or --stats F from"
                 " compress calibrate",
+            )
+        if INPUTS in one.needs and INPUTS not in plan.statistics.record.kinds:
+            raise UsageError(
+                f"{one.name}: {show(str(plan.statistics.path))} holds no inputs to run",
+                hint="calibrate again with --for and this recipe",
             )
         for info in chosen:
             if missing := missing_kinds(plan.statistics.of(info), one.needs):

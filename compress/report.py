@@ -70,6 +70,7 @@ def row(plan: Plan, tensor: TensorPlan, sums: Sums) -> dict[str, Any]:
         "shape": list(info.shape),
         "passes": list(tensor.terms.passes),
         "changed": tensor.terms.changed,
+        "estimated": tensor.terms.values,
         "cast": tensor.cast,
         "bits": codes.bits if codes is not None else None,
         "group_size": codes.group_size if codes is not None else None,
@@ -217,6 +218,8 @@ def human(nbytes: float) -> str:
 
 def _verdict(plan: Plan, totals: Mapping[str, Any], changed: list[dict[str, Any]]) -> str:
     """Did the result beat plain rounding at the same bytes? In one sentence."""
+    if not changed and any(t.terms.values for t in plan.tensors):
+        return "verdict: vectors were estimated anew, which saves no bytes"
     if not changed:
         return "verdict: nothing to change: the weights are as they were"
     compared = [r for r in changed if r["plain_relative_error"] is not None]

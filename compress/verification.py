@@ -69,7 +69,7 @@ def _changed(out: Path) -> frozenset[str]:
     rows = body.get("tensors") if isinstance(body, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{_REPORT}: no list of tensors")
-    names = [row.get("name") for row in rows if row.get("changed")]
+    names = [row.get("name") for row in rows if row.get("changed") or row.get("estimated")]
     return frozenset(name for name in names if isinstance(name, str))
 
 

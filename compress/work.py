@@ -99,20 +99,22 @@ def work_on(plan: Plan, tile: Tile) -> Packed:
 
 
 def _untouched(plan: Plan, tile: Tile) -> Packed:
-    """A range of bytes as it is, or as another float dtype."""
+    """A range of bytes as it is, with the values a pass gave it, or as another float dtype."""
     info = tile.tensor.info
-    buffer = plan.buffers.take()
-    raw = buffer[: tile.stop - tile.start]
-    if raw.size:
-        plan.checkpoint.read_into(info, tile.start, raw.data)
+    buffer: Buffer | None = None
     if tile.tensor.terms.values:
-        plan.buffers.give(buffer)
-        return Packed({}, raw=_estimated(plan, tile), sums=Sums(nonzeros=info.size))
+        raw = _estimated(plan, tile)
+    else:
+        buffer = plan.buffers.take()
+        raw = buffer[: tile.stop - tile.start]
+        if raw.size:
+            plan.checkpoint.read_into(info, tile.start, raw.data)
     if tile.tensor.cast is None:
         return Packed({}, raw=raw, buffer=buffer)
     sums = Sums(nonzeros=raw.size // DTYPES[info.dtype].itemsize)
     narrow = _cast(raw.view(DTYPES[info.dtype]), tile, sums)
-    plan.buffers.give(buffer)
+    if buffer is not None:
+        plan.buffers.give(buffer)
     return Packed({}, raw=narrow.view(np.uint8), sums=sums)
 
 

@@ -79,16 +79,23 @@ class UserModule(nn.Module):
             )
         return made
 
-    def call(self, inputs: Mapping[str, Array]) -> torch.Tensor:
-        """The model's output for `images`, or for `input_ids` [n, length]; gradients may flow.
+    def prepared(self, inputs: Mapping[str, Array]) -> Any:
+        """What the module is called with for `images`, or for `input_ids` [n, length]."""
+        images = inputs.get("images")
+        return self.prepare(images) if images is not None else _ids(inputs)
+
+    def run(self, given: Any) -> torch.Tensor:
+        """The module's output for what `prepared` made; gradients may flow.
 
         Raises UsageError where the module refuses its input or returns no tensor.
         """
-        images = inputs.get("images")
-        given = self.prepare(images) if images is not None else _ids(inputs)
         with _explained(f"{show(self.spec)}: the module", f"an input {list(given.shape)}"):
             output = self.inner(given)
         return output_of(output, self.spec)
+
+    def call(self, inputs: Mapping[str, Array]) -> torch.Tensor:
+        """`prepared` and `run`."""
+        return self.run(self.prepared(inputs))
 
     def weights(self) -> dict[str, nn.Module]:
         """Layers whose `weight` is a stored matrix or kernel, by the tensor's stored name."""
@@ -136,9 +143,7 @@ def load_module(spec: str, checkpoint: Checkpoint) -> UserModule:
             inner = inner.to("cpu", torch.float32).requires_grad_(False).eval()
             for layer in inner.modules():
                 if isinstance(getattr(layer, "inplace", None), bool):
-                    layer.__dict__["inplace"] = (
-                        False  # what one layer was given stays to be looked at
-                    )
+                    layer.__dict__["inplace"] = False  # inputs are looked at later
     if not isinstance(inner, nn.Module):
         raise UsageError(
             f"--module {show(spec)}: {factory}() made {show(type(inner).__name__)}, no"

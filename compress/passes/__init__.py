@@ -14,6 +14,7 @@ _BUILT_IN = {
     "prune": "compress.passes.prune:Prune",
     "quantize": "compress.passes.quantize:Quantize",
     "low-rank": "compress.passes.low_rank:LowRank",
+    "recalibrate": "compress.passes.recalibrate:Recalibrate",
 }
 
 
