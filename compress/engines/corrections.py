@@ -26,6 +26,8 @@ from compress.tensor import DTYPES, Array, TensorInfo
 BN, BIAS, SCALE = "bn", "bias", "scale"
 KINDS = (BN, BIAS, SCALE)
 _STATISTICS = ("running_mean", "running_var")
+_LEAST = 1e-6  # share of an error that a correction has to take away: less is rounding
+_Cut = tuple[torch.Tensor, torch.Tensor]
 _HELD_BYTES = 8 << 20  # of a unit's input in a batch that judge it, or one sample
 
 
@@ -90,7 +92,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of a unit: relative errors of its outputs, held out, before and after."""
+    """What became of a unit: relative errors on held-out samples, before and after.
+
+    unit  the stored name of the layer
+    """
 
     unit: str
     kind: str
@@ -164,11 +169,14 @@ class Corrector:
         run_dense: Callable[[int], Any],
         run_now: Callable[[int], Any],
         shares: Sequence[Share],
+        judge: Callable[[], float] | None = None,
     ) -> None:
         """Correct the units of one part (a block, or a whole model), in the order of their calls.
 
         run_dense  runs the part of the dense model on a batch's samples; called once a batch
         run_now    the same of the other model; it may be called often, and ended early
+        judge      the error of the part's output on held-out samples, where there are many batches;
+                   without it units are judged by their own outputs
         """
         order: list[Unit] = []
         for number, share in enumerate(shares):
@@ -182,7 +190,7 @@ class Corrector:
             self._on_the_way(order, run_now, shares[0])
         else:
             for unit in order:
-                self._one_by_one(unit, run_now, shares)
+                self._one_by_one(unit, run_now, shares, judge)
         for unit in units:
             unit.learned, unit.held = [], []
 
@@ -190,7 +198,11 @@ class Corrector:
         """All units in one pass: each is corrected just before it runs."""
 
         def hook(unit: Unit) -> Any:
-            return lambda _, given: self._solve(unit, [given[0]], [share])
+            def solve(_: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+                parts = [share.cut(given[0])]
+                self._solve(unit, parts, lambda: _error(unit, parts))
+
+            return solve
 
         handles = [unit.now.register_forward_pre_hook(hook(unit)) for unit in units]
         try:
@@ -199,7 +211,10 @@ class Corrector:
             for handle in handles:
                 handle.remove()
 
-    def _one_by_one(self, unit: Unit, run: Callable[[int], Any], shares: Sequence[Share]) -> None:
+    def _one_by_one(
+        self, unit: Unit, run: Callable[[int], Any], shares: Sequence[Share],
+        judge: Callable[[], float] | None,
+    ) -> None:  # fmt: skip
         """One unit, from a pass of every batch that ends where it is called."""
         inputs: list[torch.Tensor] = []
 
@@ -214,15 +229,13 @@ class Corrector:
                     run(number)
         finally:
             handle.remove()
-        self._solve(unit, inputs, shares)
-
-    def _solve(self, unit: Unit, inputs: Sequence[torch.Tensor], shares: Sequence[Share]) -> None:
         parts = [share.cut(one) for one, share in zip(inputs, shares, strict=True)]
-        held = [apart for _, apart in parts]
+        self._solve(unit, parts, judge or (lambda: _error(unit, parts)))
+
+    def _solve(self, unit: Unit, parts: Sequence[_Cut], judge: Callable[[], float]) -> None:
+        """Correct a unit that is given (inputs to learn from, held-out ones) in each batch."""
         learn = [part for part, _ in parts if len(part)]
-        if not learn:
-            return
-        before = _error(unit, held)
+        before = judge()
         old = {a: getattr(unit.now, a).detach().clone() for a in unit.tensors}
         new = _proposal(unit, learn, self.settings)
         stored = {a: _as_stored(values, unit.tensors[a]) for a, values in new.items()}
@@ -230,9 +243,11 @@ class Corrector:
             getattr(unit.now, attribute).copy_(torch.from_numpy(values.astype(np.float32)))
         if all(torch.equal(getattr(unit.now, a), old[a]) for a in old):
             return  # it needs nothing
-        after = _error(unit, held)
-        kept = bool(np.isfinite(after)) and (after < before or not self.settings.gate)
-        self.judged.append(Judged(unit.name, unit.kind, before, after, kept))
+        after = judge()
+        helps = after < before * (1 - _LEAST)
+        kept = bool(np.isfinite(after)) and (helps or not self.settings.gate)
+        place = next(iter(unit.tensors.values())).name.rpartition(".")[0]
+        self.judged.append(Judged(place, unit.kind, before, after, kept))
         if not kept:
             for attribute, values in old.items():
                 getattr(unit.now, attribute).copy_(values)
@@ -287,11 +302,11 @@ def _moments(unit: Unit, parts: Sequence[torch.Tensor]) -> Moments:
     return total
 
 
-def _error(unit: Unit, held: Sequence[torch.Tensor]) -> float:
+def _error(unit: Unit, parts: Sequence[_Cut]) -> float:
     """Relative error of the unit's outputs, against the dense model's of the same samples."""
     module: Any = unit.now
     error = norm = 0.0
-    for inputs, wanted in zip(held, unit.held, strict=True):
+    for (_, inputs), wanted in zip(parts, unit.held, strict=True):
         if len(inputs):
             gap = module.forward(inputs) - wanted
             error += float(gap.square().sum(dtype=torch.float64))

@@ -154,11 +154,19 @@ class _Streams:
                 batch = self.now[number]
                 return model.call_block(index, batch, batch.hidden)
 
+            def judge() -> float:
+                error = _Distance()
+                for number, share in enumerate(shares):
+                    if share.learn < share.samples:
+                        error.add(run_now(number), self.dense[number].hidden)
+                return error.value
+
             corrector.correct(
                 find_units(dense, now, stored, settings),
                 lambda number: self.dense_model.advance(index, self.dense[number]),
                 run_now,
                 shares,
+                judge,
             )
             for batch in self.now:
                 model.advance(index, batch)
