@@ -151,15 +151,21 @@ def conv_patches(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
     padding: Sequence[int] = conv._reversed_padding_repeated_twice
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     values = nn.functional.pad(values, list(padding), mode=mode)
-    for axis, (size, step, gap) in enumerate(
-        zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
-    ):
+    return unfolded(values, conv.kernel_size, conv.stride, conv.dilation, conv.groups)
+
+
+def unfolded(
+    values: torch.Tensor, kernel: Sequence[int], strides: Sequence[int],
+    dilations: Sequence[int], groups: int,
+) -> torch.Tensor:  # fmt: skip
+    """Patches of padded values [batch, channels, *size], as `conv_patches` gives them."""
+    for axis, (size, step, gap) in enumerate(zip(kernel, strides, dilations, strict=True)):
         reach = gap * (size - 1) + 1
         values = values.unfold(2 + axis, reach, step)[..., ::gap]
-    dimensions = len(conv.kernel_size)
+    dimensions = len(kernel)
     batch, channels = values.shape[:2]
     places = values.shape[2 : 2 + dimensions]
-    values = values.reshape(batch, conv.groups, channels // conv.groups, *values.shape[2:])
+    values = values.reshape(batch, groups, channels // groups, *values.shape[2:])
     order = [1, 0, *range(3, 3 + dimensions), 2, *range(3 + dimensions, 3 + 2 * dimensions)]
     patches = values.permute(order)
-    return patches.reshape(conv.groups, batch * int(np.prod(places)), -1)
+    return patches.reshape(groups, batch * int(np.prod(places)), -1)

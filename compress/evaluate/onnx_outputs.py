@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,14 @@ _HIDDEN = (EMBEDDINGS, "hidden_states", "token_embeddings")
 
 
 class Onnx(Runner):
-    """A decoder, an encoder or a classifier as a .onnx file, on the CPU."""
+    """A decoder, an encoder or a classifier as a .onnx file, on the CPU.
+
+    graph  run these bytes in the file's place; data outside of them lies in its folder
+    """
 
     name = "onnx"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, graph: bytes | None = None) -> None:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -52,8 +56,13 @@ class Onnx(Runner):
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
         try:
+            if graph is not None:
+                folder = os.path.realpath(path.parent)
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", folder
+                )
             self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                graph or str(path), options, providers=["CPUExecutionProvider"]
             )
         except self._errors as error:
             raise InputError(
@@ -77,17 +86,20 @@ class Onnx(Runner):
         """The wanted output for each input."""
         name = self._output(wanted)
         for one in inputs:
-            feed = self._feed(one)
-            try:
-                values = self.session.run([name], feed)[0]
-            except self._errors as error:
-                raise InputError(
-                    f"{show(self._where)}: onnxruntime cannot run it on this data:"
-                    f" {show(str(error), 200)}",
-                    hint="see the shapes and ids of the data, and how long a sequence may be",
-                ) from error
+            values = self.outputs_of(self.feed(one), [name])[0]
             yield torch.from_numpy(np.asarray(values, np.float32))
             step()
+
+    def outputs_of(self, feed: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
+        """The named outputs. Raises InputError where the graph cannot be run on this feed."""
+        try:
+            return list(self.session.run(list(names), dict(feed)))
+        except self._errors as error:
+            raise InputError(
+                f"{show(self._where)}: onnxruntime cannot run it on this data:"
+                f" {show(str(error), 200)}",
+                hint="see the shapes and ids of the data, and how long a sequence may be",
+            ) from error
 
     def facts(self) -> dict[str, Any]:
         """Engine and versions, for the record."""
@@ -106,7 +118,7 @@ class Onnx(Runner):
             )
         return found
 
-    def _feed(self, one: Inputs) -> dict[str, Array]:
+    def feed(self, one: Inputs) -> dict[str, Array]:
         """Every input that the graph asks for, in its own type."""
         if _IDS not in one:
             return self._image_feed(one)
