@@ -16,6 +16,7 @@ import pytest
 from models_with_words import add_words, reading_bert, talking_llama, words
 from toolbox import tiny_llama
 
+from compress.calibrate import peaks
 from compress.calibrate.data import list_ids, read_pairs, sentence_ids, text_ids
 from compress.calibrate.inputs import (
     Inputs,
@@ -116,6 +117,12 @@ def test_batches_hold_samples_of_one_length_once_each() -> None:
     assert [numbers for numbers, _ in made] == [[0, 2], [4], [1], [3]]
     assert made[0][1]["input_ids"].tolist() == [[0, 0], [2, 2]]
     assert [n for n, _ in batches_of({"input_ids": rows}, 99, [4, 1])] == [[4], [1]]
+
+
+def test_what_runs_the_inputs_again_leaves_the_filling_out() -> None:
+    rows = np.array([[5, 6, 7], [8, -1, -1]], np.int32)
+    given = peaks._samples({"input_ids": rows})
+    assert [one["input_ids"].tolist() for one in given] == [[[5, 6, 7]], [[8]]]
 
 
 def test_every_fifth_sample_is_kept_apart() -> None:
