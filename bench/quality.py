@@ -3,8 +3,8 @@
     python bench/peers/environments.py            once: the peers' environments
     COMPRESS_SHARED=DIR python bench/quality.py [--json FILE] [--only WORD] [--no-peers]
 
-One part after the other, each in a process of its own; about half an hour on a quiet machine with two
-processors, of which the peers take half. Each part can be run alone.
+One part after the other, each in a process of its own; about half an hour on a quiet machine with
+two processors, of which the peers take half. Each part can be run alone.
 """
 
 from __future__ import annotations
