@@ -330,7 +330,8 @@ def check_encoder_fisher(statistics: Any, plan: Plan, inputs: Inputs, model: Pat
 def test_fisher_of_some_samples(decoder: Checkpoint, text: Inputs, tmp_path: Path) -> None:
     plan = planned(decoder, OUTPUT_FISHER)
     few, one = tmp_path / "few", tmp_path / "one"
-    calibrate(plan, text, few, Settings(fsync=False, fisher_tokens=43))
+    result = calibrate(plan, text, few, Settings(fsync=False, fisher_tokens=43))
+    assert result.body["tensors"] == len(plan.members[0])
     calibrate(plan, text, one, Settings(fsync=False, fisher_tokens=1))
     info = plan.members[0][0]
     with open_statistics(few) as a, open_statistics(one) as b:

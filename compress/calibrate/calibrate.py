@@ -120,6 +120,7 @@ class Calibrated:
     record: Record
     nbytes: int
     seconds: float
+    tensors: int  # of which something was collected
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -133,7 +134,7 @@ class Calibrated:
             "engine": self.record.engine,
             "kinds": sorted(self.record.kinds),
             "sites": len(self.record.sites),
-            "tensors": len({t for s in self.record.sites for t in s.tensors}),
+            "tensors": self.tensors,
             "data": dict(self.record.data),
             "warnings": list(self.warnings),
         }
@@ -200,7 +201,7 @@ def calibrate(
         writer.finish(record)
     warnings += _rank_warnings(plan, record, reached)
     seconds = time.perf_counter() - started
-    return Calibrated(out, record, out.stat().st_size, seconds, tuple(warnings))
+    return Calibrated(out, record, out.stat().st_size, seconds, len(reached), tuple(warnings))
 
 
 def engine_of(checkpoint: Checkpoint, module: str | None, inputs: Inputs) -> tuple[str, Collector]:
