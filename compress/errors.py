@@ -79,6 +79,14 @@ def from_os_error(error: OSError, *, doing: str) -> ResourceError:
     return ResourceError(f"{doing}{where}: {reason}", hint=_OS_HINTS.get(error.errno or 0))
 
 
+def unreadable(error: OSError) -> CompressError:
+    """What to raise for a file of the user's that cannot be read: a wrong path is a usage error."""
+    failed = from_os_error(error, doing="cannot read")
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return UsageError(failed.message, hint="check the path")
+    return failed
+
+
 def show(text: str, limit: int = 80) -> str:
     """A name from a file made safe to print: printable ASCII, shortened in the middle.
 

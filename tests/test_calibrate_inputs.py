@@ -27,7 +27,7 @@ from compress.calibrate.inputs import (
     split,
 )
 from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.errors import InputError, ResourceError, UsageError
+from compress.errors import InputError, UsageError
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -171,7 +171,7 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_missing_text(decoder: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"nothing\.txt"):
+    with pytest.raises(UsageError, match=r"nothing\.txt"):
         text_ids(tmp_path / "nothing.txt", decoder)
 
 

@@ -29,7 +29,7 @@ from compress.calibrate.inputs import (
     vocabulary_of,
 )
 from compress.checkpoint import Checkpoint
-from compress.errors import InputError, UsageError, from_os_error, show
+from compress.errors import InputError, UsageError, show, unreadable
 
 DEFAULT_LENGTH = 512
 _MAX_TEXT = 1 << 28
@@ -285,7 +285,7 @@ def _read(path: Path) -> tuple[bytes, str]:
         with open(path, "rb") as file:
             raw = file.read(_MAX_TEXT + 1)
     except OSError as error:
-        raise from_os_error(error, doing="cannot read") from error
+        raise unreadable(error) from error
     if len(raw) > _MAX_TEXT:
         raise UsageError(
             f"{show(str(path))}: more than {_MAX_TEXT:,} bytes of text", hint="give a part of it"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import InputError, UsageError, from_os_error, show
+from compress.errors import InputError, UsageError, show, unreadable
 from compress.tensor import Array
 
 IDS, IMAGES, LABELS = "input_ids", "images", "labels"
@@ -188,7 +188,7 @@ def read_ids(
         with open(path, "rb") as file:
             values = np.lib.format.read_array(file, allow_pickle=False)
     except OSError as error:
-        raise from_os_error(error, doing="cannot read") from error
+        raise unreadable(error) from error
     except (ValueError, EOFError) as error:
         raise InputError(
             f"{show(str(path))}: not an .npy file of numbers", hint="numpy.save writes one"
@@ -273,7 +273,7 @@ def _npz(path: Path) -> dict[str, Array]:
     except TypeError:  # a lone array is no context manager
         raise wrong from None
     except OSError as error:
-        raise from_os_error(error, doing="cannot read") from error
+        raise unreadable(error) from error
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise wrong from error
     if IMAGES not in arrays:
@@ -295,7 +295,7 @@ def file_sha256(path: Path) -> str:
                 digest.update(chunk)
             return digest.hexdigest()
     except OSError as error:
-        raise from_os_error(error, doing="cannot read") from error
+        raise unreadable(error) from error
 
 
 def _number(config: Mapping[str, Any] | None, names: Sequence[str]) -> int | None:
