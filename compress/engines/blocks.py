@@ -254,22 +254,29 @@ def _stack(model: Any, where: str) -> tuple[str, nn.ModuleList]:
     return outermost[0]
 
 
-class _Catcher(nn.Module):
-    """Stands for a block and remembers what it is called with."""
+class _Standin(nn.Module):
+    """Stands for a block, and has the block's attributes: models ask for its kind of attention."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.__dict__["block"] = block  # not as a submodule: its weights are not here
-        self.hidden: torch.Tensor | None = None
-        self.arguments: tuple[Any, ...] = ()
-        self.keywords: dict[str, Any] = {}
-        self.is_last = False
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["block"], name)
+
+
+class _Catcher(_Standin):
+    """Remembers what a block is called with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(block)
+        self.hidden: torch.Tensor | None = None
+        self.arguments: tuple[Any, ...] = ()
+        self.keywords: dict[str, Any] = {}
+        self.is_last = False
 
     def forward(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         rest = dict(keywords)
@@ -280,20 +287,13 @@ class _Catcher(nn.Module):
         return hidden  # type: ignore[no-any-return]
 
 
-class _Passing(nn.Module):
-    """Stands for a block whose output is known already."""
+class _Passing(_Standin):
+    """Gives what a block's output is known to be."""
 
     def __init__(self, block: nn.Module, hidden: torch.Tensor, in_tuple: bool) -> None:
-        super().__init__()
-        self.__dict__["block"] = block
+        super().__init__(block)
         self.__dict__["state"] = hidden
         self.in_tuple = in_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
 
     def forward(self, *_: Any, **__: Any) -> Any:
         state = self.__dict__["state"]
