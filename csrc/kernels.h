@@ -29,7 +29,12 @@ struct QuantizeArgs {
   uint8_t* scale;       // [rows, groups] of `scale_kind`
   uint8_t* zero_point;  // [rows, groups]; null = symmetric
   double* sums;         // [rows, 3]
+  // float [columns + kWeightPadding], the last of them zeros, or null = all alike: weights of the
+  // search's squared errors. CUDA has no weighted search.
+  const uint8_t* column_weights;
 };
+
+constexpr size_t kWeightPadding = 16;
 
 constexpr size_t kMaxSweep = 256;
 

@@ -64,6 +64,7 @@ def quantize(
     scale_dtype: str = "F16",
     search: str = "none",
     signed_scale: bool = True,
+    column_weights: np.ndarray | None = None,
 ) -> Result:
     rows, columns = w.shape
     groups = -(-columns // group_size)
@@ -84,6 +85,7 @@ def quantize(
         scale=scale,
         zero_point=zero_point,
         sums=sums,
+        column_weights=column_weights,
     )
     return Result(status, codes, scale, zero_point, sums, bits, group_size)
 
@@ -224,6 +226,81 @@ def test_search_beats_a_plain_clip_grid() -> None:
         best = np.minimum(best, ((groups - q * scale32) ** 2).sum(axis=1))
     got = quantize(w, group_size=64, search="mse")
     assert got.sums[:, 0].sum() < 0.97 * best.sum()
+
+
+def weighted_errors(w: np.ndarray, got: Result, weights: np.ndarray) -> np.ndarray:
+    """float64 [rows, groups] of 32 columns."""
+    error = (w.astype(np.float64) - got.decode()) ** 2 * weights.astype(np.float64)
+    return error.reshape(len(w), -1, 32).sum(axis=2)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_search_minimizes_the_weighted_error(bits: int, symmetric: bool) -> None:
+    w = normal(64, 160, bits)
+    weights = (10.0 ** np.random.default_rng(bits).uniform(-3, 1, 160)).astype(np.float32)
+    weights[::7] = 0
+    options: dict[str, Any] = {"bits": bits, "symmetric": symmetric}
+    plain, alike = quantize(w, **options), quantize(w, search="mse", **options)
+    found = quantize(w, search="mse", column_weights=weights, **options)
+    assert found.status == -1
+    error = weighted_errors(w, found, weights)
+    assert (error <= weighted_errors(w, plain, weights) * (1 + 1e-5)).all()
+    assert error.sum() < 0.9 * weighted_errors(w, alike, weights).sum()
+    # The sums know no weights.
+    unweighted = weighted_errors(w, found, np.ones(160)).sum(axis=1)
+    np.testing.assert_allclose(found.sums[:, 0], unweighted, rtol=1e-5)
+    np.testing.assert_array_equal(found.sums[:, 1:], alike.sums[:, 1:])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_equal_weights_change_nothing_and_zeros_leave_plain_rounding(symmetric: bool) -> None:
+    w, mask = normal(8, 101), np.random.default_rng(2).random((8, 101)) < 0.7
+    plain, alike, found, nothing = (
+        quantize(w, mask, symmetric=symmetric, search=search, column_weights=weights)
+        for search, weights in (
+            ("none", None),
+            ("mse", None),
+            ("mse", np.full(101, 0.25, np.float32)),
+            ("mse", np.zeros(101, np.float32)),
+        )
+    )
+    for got, want in ((found, alike), (nothing, plain)):
+        for ours, theirs in zip(got, want, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    ignored = quantize(
+        w, mask, symmetric=symmetric, column_weights=np.arange(101, dtype=np.float32)
+    )
+    np.testing.assert_array_equal(ignored.codes, plain.codes)
+    assert (alike.codes != plain.codes).any()
+
+
+def test_columns_of_weight_zero_have_no_say() -> None:
+    w = normal(16, 64)
+    counted = np.arange(64) % 32 < 20
+    found = quantize(w, search="mse", column_weights=counted.astype(np.float32))
+    best = quantize(np.where(counted, w, np.float32(0)), search="mse")
+    error = weighted_errors(w, found, counted)
+    # Candidates are spread around the largest weight of the group, and that one may not count.
+    assert error.sum() < 1.1 * weighted_errors(w, best, counted).sum()
+    assert error.sum() < 0.9 * weighted_errors(w, quantize(w, search="mse"), counted).sum()
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        np.ones(63, np.float32),
+        np.ones(64),
+        np.ones(128, np.float32)[::2],
+        np.where(np.arange(64) == 5, np.float32(-1), np.float32(1)),
+        np.where(np.arange(64) == 5, np.float32(np.nan), np.float32(1)),
+        np.where(np.arange(64) == 5, np.float32(np.inf), np.float32(1)),
+    ],
+    ids=["short", "float64", "strided", "negative", "nan", "infinite"],
+)
+def test_bad_column_weights_are_named(weights: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="column_weights must"):
+        quantize(normal(2, 64), search="mse", column_weights=weights)
 
 
 def test_signed_scale_gives_the_long_side_to_the_positive_extreme() -> None:

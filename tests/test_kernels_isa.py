@@ -76,6 +76,15 @@ def weights(rng: np.random.Generator, rows: int, columns: int, dtype: np.dtype) 
     return fenced(small, int(rng.integers(2)))
 
 
+def column_weights(rng: np.random.Generator, columns: int) -> np.ndarray | None:
+    """None, or weights of many magnitudes, a part of them (or all) zero."""
+    if rng.random() < 0.5:
+        return None
+    weights = 10.0 ** rng.uniform(-20, 3, columns)
+    weights[rng.random(columns) < rng.choice([0, 0.3, 1])] = 0
+    return fenced(weights.astype(np.float32))
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=lambda d: d.name)
 def test_quantize_groups(dtype: np.dtype, bits: int) -> None:
@@ -92,11 +101,13 @@ def test_quantize_groups(dtype: np.dtype, bits: int) -> None:
             symmetric, signed = bool(rng.integers(2)), bool(rng.integers(2))
             shift, search = int(rng.integers(4)), str(rng.choice(["none", "mse"]))
             groups = -(-columns // group_size)
+            weights_of_columns = column_weights(rng, columns)
 
             def call(
                 out: Guarded,
                 w: np.ndarray = w,
                 mask: np.ndarray | None = mask,
+                column_weights: np.ndarray | None = weights_of_columns,
                 options: tuple[Any, ...] = (group_size, symmetric, scale_dtype, search, signed),
                 shape: tuple[int, int] = (rows, groups),
                 shift: int = shift,
@@ -119,6 +130,7 @@ def test_quantize_groups(dtype: np.dtype, bits: int) -> None:
                     packed=None
                     if width is None
                     else out.array((w.shape[0], width), np.uint8, shift),
+                    column_weights=column_weights,
                 )
                 return status if status == -1 else Undefined(status)
 

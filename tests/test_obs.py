@@ -292,6 +292,52 @@ def test_the_error_is_that_of_the_damped_hessian() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("options", [{}, {"static": True}, {"act_order": True}], ids=str)
+def test_weighted_searches_leave_less(options: dict[str, bool], symmetric: bool) -> None:
+    ratios = []
+    for bits in (2, 3):
+        for seed in range(3):
+            w = normal(32, 96, seed)
+            gains = np.exp(0.4 * np.random.default_rng(seed).standard_normal(96))
+            hessian = (correlated(96, seed, rank=64) * np.outer(gains, gains)).astype(np.float32)
+            weighted, alike = (
+                obs_sweep(w, hessian, spec(bits, symmetric=symmetric), weighted=flag, **options)
+                for flag in (True, False)
+            )
+            ratios.append(weighted.squared_error / alike.squared_error)
+    assert np.mean(ratios) < 0.99
+    assert max(ratios) < 1.1
+
+
+def test_weights_do_not_matter_without_a_search_or_correlation() -> None:
+    w, hessian = normal(16, 96), correlated(96)
+    for matrix, search in ((hessian, "none"), (np.eye(96, dtype=np.float32), "mse")):
+        for options in ({}, {"act_order": True}):
+            weighted, alike = (
+                obs_sweep(w, matrix, spec(3), search=search, weighted=flag, **options)
+                for flag in (True, False)
+            )
+            np.testing.assert_array_equal(weighted.codes.values, alike.codes.values)
+            np.testing.assert_array_equal(weighted.codes.scale, alike.codes.scale)
+
+
+def test_weights_follow_their_columns_in_any_order() -> None:
+    """One column counts for nearly everything: its group's scale fits it, wherever it is."""
+    w = normal(32, 96)
+    gains = np.where(np.arange(96) == 70, 1e3, 1.0)
+    hessian = np.diag(gains**2).astype(np.float32)
+    for options in ({}, {"static": True}, {"act_order": True}):
+        swept, alike = (
+            obs_sweep(w, hessian, spec(2), weighted=flag, **options) for flag in (True, False)
+        )
+        error, limit = (
+            float(((w - s.codes.dequantize())[:, 70] ** 2).sum()) for s in (swept, alike)
+        )
+        assert error < 0.25 * limit
+        np.testing.assert_array_equal(swept.codes.scale[:, :2], alike.codes.scale[:, :2])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
 def test_pruned_entries_stay_zero(act_order: bool, symmetric: bool) -> None:
     w, hessian = normal(16, 96), correlated(96)
@@ -327,8 +373,8 @@ def test_act_order_helps_where_few_columns_matter() -> None:
     w = normal(32, 128)
     loud = np.where(np.arange(128) >= 120, 20.0, 1.0)  # the last ones: too late without it
     hessian = (correlated(128, rank=64) * np.outer(loud, loud)).astype(np.float32)
-    plain = obs_sweep(w, hessian, spec(3), static=True)
-    ordered = obs_sweep(w, hessian, spec(3), act_order=True)
+    plain = obs_sweep(w, hessian, spec(3), static=True, weighted=False)
+    ordered = obs_sweep(w, hessian, spec(3), act_order=True, weighted=False)
     np.testing.assert_array_equal(plain.codes.scale, ordered.codes.scale)
     before = hessian_error(w - plain.codes.dequantize(), hessian)
     assert hessian_error(w - ordered.codes.dequantize(), hessian) < 0.9 * before

@@ -50,6 +50,7 @@ LOW_BINS = 1 << 16
 MIN_BITS, MAX_BITS = 2, 8
 ITEM_SIZES = (1, 2, 4, 8)
 MATRIX = 2
+_PADDING = np.zeros(16, np.float32)  # C++ reads column weights by blocks of sixteen
 
 
 def backend() -> Backend:
@@ -183,6 +184,7 @@ def quantize_groups(
     zero_point: U8 | None,
     sums: F64,
     packed: U8 | None = None,
+    column_weights: F32 | None = None,
 ) -> int:
     """Round w [rows, cols] to codes with one scale a group of `group_size` columns of a row.
 
@@ -191,7 +193,9 @@ def quantize_groups(
     as pack_bits packs them; scale [rows, groups] in scale_dtype ("F16", "BF16" or "F32");
     zero_point uint8 [rows, groups], None if and only if symmetric; sums float64 [rows, 3] =
     (squared error, squared error of plain rounding, sum of w^2), pruned weights included.
-    search: "none" or "mse"; signed_scale lets the symmetric search choose negative scales.
+    search: "none" or "mse"; signed_scale lets the symmetric search choose negative scales;
+    column_weights float32 [cols], finite and not negative, weigh its squared errors (None: all
+    alike). The sums are unweighted.
 
     Returns -1; the flat index i of the first non-finite weight; or -2 - i where the scale of the
     group that starts at flat index i overflows scale_dtype. Outputs are undefined unless -1.
@@ -219,6 +223,10 @@ def quantize_groups(
     if zero_point is not None:
         _check("zero_point", zero_point, np.uint8, (rows, groups), writable=True)
     _check("sums", sums, np.float64, (rows, 3), writable=True)
+    if column_weights is not None:
+        _column_weights(column_weights, columns)
+        if search == "none":
+            column_weights = None
     native = dispatch.current().native
     if native is None:
         return reference.quantize_groups(
@@ -235,6 +243,7 @@ def quantize_groups(
             zero_point=zero_point,
             sums=sums,
             packed=packed,
+            column_weights=column_weights,
         )
     return int(
         native.quantize_groups(
@@ -254,8 +263,19 @@ def quantize_groups(
             _raw(scale),
             None if zero_point is None else _raw(zero_point),
             sums.reshape(-1),
+            None if column_weights is None else _raw(np.append(column_weights, _PADDING)),
         )
     )
+
+
+def _column_weights(weights: F32, columns: int) -> None:
+    _check("column_weights", weights, np.float32, (columns,))
+    good = (weights >= 0) & (weights < np.inf)
+    if not good.all():
+        at = int(good.argmin())
+        raise ValueError(
+            f"column_weights must be finite and not negative, but [{at}] is {weights[at]}"
+        )
 
 
 def dequantize(

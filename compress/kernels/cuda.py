@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from compress.errors import UsageError
 from compress.kernels.cuda_tensors import (
     KINDS,
     Arguments,
@@ -115,11 +116,18 @@ def quantize_groups(
     scale: torch.Tensor,
     zero_point: torch.Tensor | None,
     sums: torch.Tensor,
+    column_weights: torch.Tensor | None = None,
 ) -> int:
     """Round w [rows, cols] to codes with one scale a group of `group_size` columns of a row.
 
-    Arguments, outputs and the returned status are those of `compress.kernels.quantize_groups`.
+    Arguments, outputs and the returned status are those of `compress.kernels.quantize_groups`, but
+    that a search here weighs all columns alike: raises UsageError for `column_weights`.
     """
+    if column_weights is not None and search != "none":
+        raise UsageError(
+            "column_weights: the CUDA kernels have no weighted search",
+            hint="quantize on the CPU, or without column weights",
+        )
     call = Arguments()
     kind = call.kind("w", w)
     rows, columns = matrix("w", w)

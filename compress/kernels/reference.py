@@ -71,7 +71,7 @@ def lane_sum(values: F32) -> F64:
         return np.zeros(values.shape[:-1], np.float64)
     chunk = min(n, CHUNK)
     blocks = values.reshape(*values.shape[:-1], n // chunk, chunk // LANES, LANES)
-    lanes = blocks[..., 0, :].copy()
+    lanes = blocks[..., 0, :] + np.float32(0)  # lanes begin at +0: no sum is a negative zero
     for block in range(1, chunk // LANES):
         lanes += blocks[..., block, :]
     width = LANES // 2
@@ -195,6 +195,7 @@ class Groups(NamedTuple):
     low: F32  # [groups], min(0, smallest kept)
     high: F32  # [groups], max(0, largest kept)
     absmax: F32  # [groups]
+    importance: F32 | None  # [groups, padded length], weights of squared errors; None = all 1
 
 
 class Fit(NamedTuple):
@@ -203,7 +204,7 @@ class Fit(NamedTuple):
     scale: F32  # after rounding to the stored dtype
     zero_point: F32
     integers: F32  # [groups, padded length], code - zero_point
-    error: F64  # sum of squared error over kept weights
+    error: F64  # sum of (weighted) squared error over kept weights
 
 
 def store_scale(scale: F32, scale_dtype: str) -> F32:
@@ -236,7 +237,9 @@ def _zero_point(low: F32, scale: F32, top: int) -> F32:
     return nearest
 
 
-def _measure(kept: F32, scale: F32, zero_point: F32, top: int) -> Fit:
+def _measure(
+    kept: F32, scale: F32, zero_point: F32, top: int, importance: F32 | None = None
+) -> Fit:
     """Codes by the reciprocal of the scale, and the error that they leave."""
     integers = kept * (np.float32(1) / scale)[:, None]
     np.rint(integers, out=integers)
@@ -244,7 +247,12 @@ def _measure(kept: F32, scale: F32, zero_point: F32, top: int) -> Fit:
     np.minimum(integers, (np.float32(top) - zero_point)[:, None], out=integers)
     error = kept - integers * scale[:, None]
     error *= error
-    return Fit(scale, zero_point, integers, lane_sum(error))
+    return Fit(scale, zero_point, integers, _weighted_sum(error, importance))
+
+
+def _weighted_sum(terms: F32, importance: F32 | None) -> F64:
+    """lane_sum of the terms, each weighed (and rounded once more) where there are weights."""
+    return lane_sum(terms if importance is None else terms * importance)
 
 
 def _plain(groups: Groups, bits: int, symmetric: bool, scale_dtype: str) -> tuple[F32, F32]:
@@ -288,9 +296,10 @@ def _search(
     """The candidate of least error, refitted by least squares, where it beats plain rounding.
 
     Candidates are ranked in units of their scale (fast); the winner is measured like the plain
-    scale, so the result is never worse than plain on any group.
+    scale, so the result is never worse than plain on any group. Every error is weighted, that of
+    `plain` and of the returned fit included.
     """
-    kept, top = groups.kept, np.float32((1 << bits) - 1)
+    kept, top, importance = groups.kept, np.float32((1 << bits) - 1), groups.importance
     best, best_scale = np.full(plain.error.shape, np.inf), plain.scale
     best_zero = plain.zero_point
     x, t = np.empty_like(kept), np.empty_like(kept)
@@ -301,18 +310,19 @@ def _search(
         np.minimum(t, (top - zero_point)[:, None], out=t)
         np.subtract(x, t, out=x)
         np.multiply(x, x, out=x)
-        error = lane_sum(x) * (scale.astype(np.float64) * scale.astype(np.float64))
+        error = _weighted_sum(x, importance) * (scale.astype(np.float64) * scale.astype(np.float64))
         better = error < best
         best = np.where(better, error, best)
         best_scale = np.where(better, scale, best_scale)
         best_zero = np.where(better, zero_point, best_zero)
 
-    found = _measure(kept, best_scale, best_zero, int(top))
-    squares = lane_sum(found.integers * found.integers)
-    products = lane_sum(kept * found.integers)
+    found = _measure(kept, best_scale, best_zero, int(top), importance)
+    squares = _weighted_sum(found.integers * found.integers, importance)
+    products = _weighted_sum(kept * found.integers, importance)
     usable = squares > 0
     ratio = np.divide(products, squares, out=found.scale.astype(np.float64), where=usable)
-    refit = _measure(kept, store_scale(ratio.astype(np.float32), scale_dtype), best_zero, int(top))
+    refit_scale = store_scale(ratio.astype(np.float32), scale_dtype)
+    refit = _measure(kept, refit_scale, best_zero, int(top), importance)
     return _better(plain, _better(found, refit))
 
 
@@ -342,11 +352,12 @@ def quantize_groups(
     zero_point: U8 | None,
     sums: F64,
     packed: U8 | None = None,
+    column_weights: F32 | None = None,
 ) -> int:
     """Codes, scales and zero points of groups of columns; see docs/kernels.md.
 
     w, mask, codes [rows, cols], or packed in place of codes; scale, zero_point [rows, groups];
-    sums float64 [rows, 3].
+    sums float64 [rows, 3]; column_weights [cols] weigh the search's squared errors.
     Returns -1; the flat index i of the first non-finite weight; or -2 - i where the scale of
     the group that starts at flat index i does not fit `scale_dtype`. Outputs are then undefined.
     """
@@ -378,9 +389,13 @@ def quantize_groups(
             shape = (-1, length)
             values = w[area].astype(np.float32).reshape(shape)
             keep = None if mask is None else mask[area].reshape(shape)
+            importance = None
+            if column_weights is not None:
+                of_row = column_weights[begin : begin + per_row].reshape(shape)
+                importance = np.tile(of_row, (len(values) // count, 1))
             with np.errstate(all="ignore"):
                 fit, errors = _quantize_tile(
-                    values, keep, bits, symmetric, scale_dtype, search, signed_scale
+                    values, keep, importance, bits, symmetric, scale_dtype, search, signed_scale
                 )
                 shifted = (fit.integers + fit.zero_point[:, None])[:, :length]
                 codes[area] = shifted.astype(np.uint8).reshape(-1, per_row)
@@ -408,22 +423,33 @@ def quantize_groups(
 def _quantize_tile(
     values: F32,
     keep: Bool | None,
+    importance: F32 | None,
     bits: int,
     symmetric: bool,
     scale_dtype: str,
     search: str,
     signed_scale: bool,
 ) -> tuple[Fit, F64]:
-    """values, keep [groups, length] -> the fit and float64 [groups, 3] (error, plain, sum w^2)."""
+    """values, keep, importance [groups, length] -> the fit and float64 [groups, 3] (error, plain
+    rounding's error, sum w^2), errors unweighted.
+    """
     kept = values if keep is None else np.where(keep, values, np.float32(0))
     low = np.minimum(kept.min(axis=1), np.float32(0))
     high = np.maximum(kept.max(axis=1), np.float32(0))
-    groups = Groups(padded(kept), low, high, np.maximum(high, -low))
+    if importance is not None:
+        importance = padded(importance)
+    groups = Groups(padded(kept), low, high, np.maximum(high, -low), importance)
     scale, zero = _plain(groups, bits, symmetric, scale_dtype)
-    plain = _measure(groups.kept, scale, zero, (1 << bits) - 1)
+    top = (1 << bits) - 1
+    plain = _measure(groups.kept, scale, zero, top)
     fit = plain
     if search == "mse":
-        fit = _search(groups, plain, bits, symmetric, signed_scale, scale_dtype)
+        start = plain
+        if importance is not None:
+            start = _measure(groups.kept, scale, zero, top, importance)
+        fit = _search(groups, start, bits, symmetric, signed_scale, scale_dtype)
+        if importance is not None:
+            fit = _measure(groups.kept, fit.scale, fit.zero_point, top)
         overflow = ~np.isfinite(plain.scale)
         fit = fit._replace(scale=np.where(overflow, plain.scale, fit.scale))
     energy = lane_sum(padded(values * values))

@@ -56,8 +56,13 @@ def quantize_matrix(
     *,
     search: str = "mse",
     signed_scale: bool = True,
+    column_weights: NDArray[np.floating] | None = None,
 ) -> tuple[Codes, Sums]:
     """Quantize a matrix [rows, columns] under an optional keep-mask of the same shape.
+
+    column_weights [columns], finite and not negative, weigh the squared errors by which the
+    search chooses scales; only their ratios matter. One scale for the tensor repeats them for
+    each row. The returned sums are unweighted.
 
     Raises CannotQuantize at the first weight that is not finite in the kernels' type, or group
     whose scale overflows.
@@ -68,6 +73,11 @@ def quantize_matrix(
     if spec.per_tensor:  # one row whose only group is everything
         values = values.reshape(1, -1)
         group_size = values.shape[1]
+    weights = None
+    if column_weights is not None and search != "none":
+        weights = _relative(column_weights)
+        if spec.per_tensor:
+            weights = np.tile(weights, rows)
     if mask is not None:
         mask = np.ascontiguousarray(mask).reshape(values.shape)
     groups = -(-values.shape[1] // group_size)
@@ -88,6 +98,7 @@ def quantize_matrix(
         scale=scale,
         zero_point=zero_point,
         sums=sums,
+        column_weights=weights,
     )
     if bad != -1:
         overflow = bad < -1
@@ -96,3 +107,12 @@ def quantize_matrix(
     coded = Codes(codes.reshape(rows, columns), scale, zero_point, spec.bits, spec.group_size)
     error, plain, norm = (float(s) for s in sums.sum(axis=0))
     return coded, Sums(error, plain, norm)
+
+
+def _relative(weights: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Weights as shares of the largest: no weighted error then overflows sooner than a plain one,
+    and equal weights choose exactly what no weights choose.
+    """
+    largest = float(weights.max(initial=0))
+    divisor = largest if 0 < largest < np.inf else 1.0
+    return (weights / divisor).astype(np.float32)

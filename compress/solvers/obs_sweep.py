@@ -64,6 +64,7 @@ def obs_sweep(
     damping: float = 0.01,
     act_order: bool = False,
     static: bool = False,
+    weighted: bool = True,
     block_size: int = 128,
     workers: int = 1,
 ) -> Swept:
@@ -72,9 +73,11 @@ def obs_sweep(
     mask (False = pruned) and protected (True = keeps its value, takes no part in scales, and has
     the code of zero) are bool [rows, columns]. A group's scale is chosen where the sweep reaches
     the group, from the weights as corrected until then; `static`, and always `act_order`
-    (columns by falling diagonal), chooses all of them from `values`. Rows are shared among
-    `workers` threads. Raises ValueError for arguments that do not fit together or a Hessian that
-    is not positive definite, and CannotQuantize as `quantize_matrix` does.
+    (columns by falling diagonal), chooses all of them from `values`. `weighted` weighs a column's
+    squared error by sqrt(H_ii) / U_ii when a scale is searched. Rows are shared among `workers`
+    threads. Raises
+    ValueError for arguments that do not fit together or a Hessian that is not positive definite,
+    and CannotQuantize as `quantize_matrix` does.
     """
     _check(values, hessian, mask, protected, block_size, workers)
     values = working_dtype(values)
@@ -84,9 +87,11 @@ def obs_sweep(
         raise CannotQuantize(row, column, overflow=False)
     factor = inverse_factor(hessian, damping=damping, act_order=act_order)
     whole = spec.per_tensor or spec.group_size >= values.shape[1]
-    plan = Plan(spec, search, signed_scale, static or act_order or whole, block_size, workers)
+    static = static or act_order or whole
+    plan = Plan(spec, search, signed_scale, static, block_size, workers)
+    weights = _column_weights(hessian, factor) if weighted else None
     with ThreadPoolExecutor(workers) as pool:
-        return _Sweep(plan, factor, values, mask, protected, pool).run()
+        return _Sweep(plan, factor, weights, values, mask, protected, pool).run()
 
 
 def _check(
@@ -118,13 +123,14 @@ class _Sweep:
         self,
         plan: Plan,
         factor: InverseFactor,
+        weights: NDArray[np.float64] | None,
         values: Array,
         mask: Bool | None,
         protected: Bool | None,
         pool: ThreadPoolExecutor,
     ) -> None:
         self.plan, self.upper, self.pool = plan, factor.upper, pool
-        self.factor = factor
+        self.factor, self.weights = factor, weights
         rows, columns = values.shape
         if protected is not None:
             mask = ~protected if mask is None else mask & ~protected
@@ -147,9 +153,17 @@ class _Sweep:
 
     def _static(self, values: Array, mask: Bool | None) -> tuple[Matrix, NDArray[np.uint8] | None]:
         """Scales and zero points [rows, groups] of the weights as they were."""
-        plan = self.plan
+        plan, weights = self.plan, self.weights
+        if weights is not None:  # back to the order of `values`
+            weights = np.empty_like(weights)
+            weights[self.factor.order] = self.weights
         coded, _ = quantize_matrix(
-            values, mask, plan.spec, search=plan.search, signed_scale=plan.signed_scale
+            values,
+            mask,
+            plan.spec,
+            search=plan.search,
+            signed_scale=plan.signed_scale,
+            column_weights=weights,
         )
         shape = (values.shape[0], coded.scale.shape[1])
         scale = np.ascontiguousarray(np.broadcast_to(coded.scale.astype(np.float32), shape))
@@ -198,6 +212,7 @@ class _Sweep:
                     CodesSpec(spec.bits, stop - start, spec.symmetric, spec.scale_dtype),
                     search=self.plan.search,
                     signed_scale=self.plan.signed_scale,
+                    column_weights=None if self.weights is None else self.weights[start:stop],
                 )
             except CannotQuantize as error:
                 at = (part.start + error.row, start + error.column)
@@ -256,6 +271,19 @@ class _Sweep:
         norms = np.zeros(self.w.shape[0], np.float64)
         kernels.squared_norms(self.w, norms)
         return float(norms.sum())
+
+
+def _column_weights(hessian: NDArray[np.floating], factor: InverseFactor) -> NDArray[np.float64]:
+    """sqrt(H_ii) / U_ii in the order of U, H damped: what a squared error in a column counts for.
+
+    1 / U_ii^2 is what it costs after the best correction by the columns that follow, H_ii what it
+    costs without any. Corrections are themselves rounded, so that the truth lies between: their
+    geometric mean leaves a lower error than either.
+    """
+    diagonal = np.diagonal(hessian).astype(np.float64)[factor.order] + factor.damping
+    weights: NDArray[np.float64] = np.sqrt(diagonal) / np.diagonal(factor.upper)
+    weights[factor.dead[factor.order]] = factor.damping  # their damped diagonal
+    return weights
 
 
 def _spans(columns: int, plan: Plan) -> Iterator[tuple[int, int]]:

@@ -114,7 +114,8 @@ int64_t quantize_groups(const Bytes& w, int kind, const std::optional<Bytes>& ma
                         size_t columns, int bits, size_t group_size, int scale_kind, bool search,
                         bool signed_scale, const OutBytes& codes,
                         const std::optional<OutBytes>& packed, size_t width, const OutBytes& scale,
-                        const std::optional<OutBytes>& zero_point, const Vector<double>& sums) {
+                        const std::optional<OutBytes>& zero_point, const Vector<double>& sums,
+                        const std::optional<Bytes>& column_weights) {
   const Kind weights = checked(kind), scales = checked(scale_kind);
   const size_t n = product(rows, columns), groups = product(rows, groups_of(columns, group_size));
   check_bits(bits);
@@ -126,15 +127,30 @@ int64_t quantize_groups(const Bytes& w, int kind, const std::optional<Bytes>& ma
   require(scale.size() == product(groups, item_size(scales)), "scale: wrong size");
   require(!zero_point || zero_point->size() == groups, "zero_point: wrong size");
   require(sums.size() == product(rows, 3), "sums: wrong size");
+  require(columns <= SIZE_MAX - compress::kWeightPadding, "size overflow");
+  require(
+      !column_weights || column_weights->size() == product(columns + compress::kWeightPadding, 4),
+      "column_weights: wrong size");
   // An empty array's pointer may be null, but null means "no mask" and "symmetric".
   static uint8_t nothing;
   const compress::QuantizeArgs args{
-      w.data(),     weights,      mask ? (n ? mask->data() : &nothing) : nullptr,
-      rows,         columns,      bits,
-      group_size,   scales,       search,
-      signed_scale, codes.data(), packed ? packed->data() : nullptr,
-      width,        scale.data(), zero_point ? (groups ? zero_point->data() : &nothing) : nullptr,
+      w.data(),
+      weights,
+      mask ? (n ? mask->data() : &nothing) : nullptr,
+      rows,
+      columns,
+      bits,
+      group_size,
+      scales,
+      search,
+      signed_scale,
+      codes.data(),
+      packed ? packed->data() : nullptr,
+      width,
+      scale.data(),
+      zero_point ? (groups ? zero_point->data() : &nothing) : nullptr,
       sums.data(),
+      column_weights ? column_weights->data() : nullptr,
   };
   const Release release;
   return kernels().quantize_groups(args);
@@ -361,7 +377,7 @@ NB_MODULE(_cpu, module) {
   module.def("finite_index", &finite_index);
   module.def("quantize_groups", &quantize_groups, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+             nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
   module.def("dequantize", &dequantize, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg());
   module.def("pack_bits", &pack_bits);

@@ -84,37 +84,46 @@ struct GroupSums {
   F error, products, squares;
 };
 
+// Sixteen terms, each times its column's weight where those count.
+template <bool Weighted>
+COMPRESS_INLINE F weigh(F term, const uint8_t* weights) {
+  return Weighted ? mul(term, load(weights)) : term;
+}
+
 // Codes by the reciprocal of the scale, where wanted, and the sums that they leave. Fit: all three
 // sums. Clip: some weight may round to an integer beyond the grid. Short: a scale has 11 bits, so
-// that its product with an integer is exact.
-template <bool Codes, bool Fit, bool Clip, bool Short>
-COMPRESS_INLINE GroupSums measure(const float* w, size_t n, const Scale& by, uint8_t* codes) {
+// that its product with an integer is exact. Weighted: each term times its column's weight, a float
+// of `columns`.
+template <bool Codes, bool Fit, bool Clip, bool Short, bool Weighted>
+COMPRESS_INLINE GroupSums measure(const float* w, size_t n, const Scale& by, uint8_t* codes,
+                                  const uint8_t* columns) {
   const F s = set1(by.scale), inverse = set1(by.inverse), zero = set1(by.zero_point);
   const F low = set1(-by.zero_point), high = set1(by.top - by.zero_point);
   GroupSums r{set1(0), set1(0), set1(0)};
-  const auto block = [&](F x) __attribute__((always_inline)) {
+  const auto block = [&](F x, size_t i) __attribute__((always_inline)) {
+    const uint8_t* weights = Weighted ? columns + 4 * i : nullptr;
     const F nearest = rint_(mul(x, inverse));
     const F q = Clip ? clip(nearest, low, high) : nearest;
     const F e = Short ? sub_exact(x, q, s) : sub(x, mul(q, s));
-    r.error = add(r.error, mul(e, e));
+    r.error = add(r.error, weigh<Weighted>(mul(e, e), weights));
     if (Fit) {
-      r.products = add(r.products, mul(x, q));
-      r.squares = add(r.squares, mul(q, q));
+      r.products = add(r.products, weigh<Weighted>(mul(x, q), weights));
+      r.squares = add(r.squares, weigh<Weighted>(mul(q, q), weights));
     }
     return q;
   };
   size_t i = 0;
   for (; Codes && i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const F first = block(load(w + i)), second = block(load(w + i + kLanes));
+    const F first = block(load(w + i), i), second = block(load(w + i + kLanes), i + kLanes);
     store_u8_pair(codes + i, first, second, (int)by.zero_point);
   }
   for (; i + kLanes <= n; i += kLanes) {
-    const F q = block(load(w + i));
+    const F q = block(load(w + i), i);
     if (Codes) store_u8(codes + i, add(q, zero));
   }
   if (i < n) {
     uint8_t bytes[kLanes];
-    store_u8(bytes, add(block(load(w + i)), zero));
+    store_u8(bytes, add(block(load(w + i), i), zero));
     if (Codes) memcpy(codes + i, bytes, n - i);
   }
   return r;
@@ -264,19 +273,25 @@ struct Batch {
     for (size_t i = 0; i < count; ++i) {
       const Scale scale{by.scale[i], by.inverse[i], by.zero_point[i], top};
       each_chunk(i, [&](const float* from, size_t n, size_t start) __attribute__((always_inline)) {
-        measure<true, false, true, false>(from, n, scale, codes + begin[i] + start);
+        measure<true, false, true, false, false>(from, n, scale, codes + begin[i] + start, nullptr);
       });
     }
   }
 
-  // Sums over every group under its scale. Codes: written, too.
-  template <bool Codes, bool Fit, bool Clip>
-  void measure_all(const Scales& by, Totals& t) {
-    if (args.scale_kind == kFloat16) return measure_as<Codes, Fit, Clip, true>(by, t);
-    measure_as<Codes, Fit, Clip, false>(by, t);
+  // The weights of group i's columns from `start` on.
+  template <bool Weighted>
+  const uint8_t* columns_of(size_t i, size_t start) const {
+    return Weighted ? args.column_weights + 4 * (begin[i] + start) : nullptr;
   }
 
-  template <bool Codes, bool Fit, bool Clip, bool Short>
+  // Sums over every group under its scale. Codes: written, too.
+  template <bool Codes, bool Fit, bool Clip, bool Weighted>
+  void measure_all(const Scales& by, Totals& t) {
+    if (args.scale_kind == kFloat16) return measure_as<Codes, Fit, Clip, true, Weighted>(by, t);
+    measure_as<Codes, Fit, Clip, false, Weighted>(by, t);
+  }
+
+  template <bool Codes, bool Fit, bool Clip, bool Short, bool Weighted>
   void measure_as(const Scales& by, Totals& t) {
     for (size_t i = 0; i < kLanes; ++i) t.error[i] = 0;
     for (size_t i = 0; Fit && i < kLanes; ++i) t.products[i] = t.squares[i] = 0;
@@ -289,7 +304,8 @@ struct Batch {
           if (Fit) t.products[i] += (double)reduce_add(last.products);
           if (Fit) t.squares[i] += (double)reduce_add(last.squares);
         }
-        last = measure<Codes, Fit, Clip, Short>(from, n, scale, codes + begin[i] + start);
+        last = measure<Codes, Fit, Clip, Short, Weighted>(from, n, scale, codes + begin[i] + start,
+                                                          columns_of<Weighted>(i, start));
       });
       store(rows[0] + kLanes * i, last.error);
       if (Fit) store(rows[1] + kLanes * i, last.products);
@@ -325,12 +341,15 @@ static int64_t quantize_rows(const QuantizeArgs& args) {
       const int64_t problem = batch.problem(scales);
       if (problem != -1) return problem;
       if (args.search) {
-        search.run(batch, scales, error, plain);
+        if (args.column_weights)
+          search.template run<true>(batch, scales, error, plain);
+        else
+          search.template run<false>(batch, scales, error, plain);
       } else {
         if (clips)
-          batch.template measure_all<true, false, true>(scales, error);
+          batch.template measure_all<true, false, true, false>(scales, error);
         else
-          batch.template measure_all<true, false, false>(scales, error);
+          batch.template measure_all<true, false, false, false>(scales, error);
       }
       const Totals& before = args.search ? plain : error;
       for (size_t i = 0; i < batch.count; ++i) {

@@ -65,7 +65,10 @@ static void make_candidates(Candidates& c, const Factors& factors, const float* 
 }
 
 // The lanes of group i's squared error under each candidate, in units of its squared scale.
-COMPRESS_INLINE void rank(const float* w, size_t n, size_t i, float top, Candidates& c) {
+// Weighted: each times its column's weight, a float of `columns`.
+template <bool Weighted>
+COMPRESS_INLINE void rank(const float* w, const uint8_t* columns, size_t n, size_t i, float top,
+                          Candidates& c) {
   for (int k = 0; k < kCandidates; k += kTogether) {
     F inverse[kTogether], low[kTogether], high[kTogether], error[kTogether];
     for (int j = 0; j < kTogether; ++j) {
@@ -76,10 +79,11 @@ COMPRESS_INLINE void rank(const float* w, size_t n, size_t i, float top, Candida
     }
     for (size_t at = 0; at < n; at += kLanes) {
       const F x = load(w + at);
+      const uint8_t* weights = Weighted ? columns + 4 * at : nullptr;
       for (int j = 0; j < kTogether; ++j) {
         const F scaled = mul(x, inverse[j]);
         const F e = sub(scaled, clip(rint_(scaled), low[j], high[j]));
-        error[j] = add(error[j], mul(e, e));
+        error[j] = add(error[j], weigh<Weighted>(mul(e, e), weights));
       }
     }
     for (int j = 0; j < kTogether; ++j) store(c.rows[k + j] + kLanes * i, error[j]);
@@ -118,21 +122,37 @@ struct Search {
   }
 
   // Replaces each group's scale and zero point where a better one is found, and writes codes.
+  // `error` and `plain` get the errors of the new scales and of those given, unweighted.
+  template <bool Weighted>
   void run(Batch<K, Masked>& batch, Scales& scales, Totals& error, Totals& plain) {
+    batch.template measure_all<false, false, true, false>(scales, plain);
+    if (!Weighted) {
+      choose<false>(batch, scales, error, plain);
+      return batch.encode_all(scales);
+    }
+    Totals weighted_error, weighted_plain;
+    batch.template measure_all<false, false, true, true>(scales, weighted_plain);
+    choose<true>(batch, scales, weighted_error, weighted_plain);
+    batch.template measure_all<true, false, true, false>(scales, error);
+  }
+
+  // Replaces scales and zero points; `plain` and `error`, before and after, are weighted if those
+  // of the columns count.
+  template <bool Weighted>
+  void choose(Batch<K, Masked>& batch, Scales& scales, Totals& error, const Totals& plain) {
     Scales found = scales;
     Totals refit_error;
-    batch.template measure_all<false, false, true>(scales, plain);
     make_candidates(candidates, factors, batch.low, batch.high, args);
-    rank_all(batch);
+    rank_all<Weighted>(batch);
     take_best(candidates, found);
-    batch.template measure_all<false, true, true>(found, error);
+    batch.template measure_all<false, true, true, Weighted>(found, error);
     Scales refit = found;
     for (size_t i = 0; i < batch.count; ++i) {
       if (error.squares[i] > 0) refit.scale[i] = (float)(error.products[i] / error.squares[i]);
     }
     store(refit.scale, stored(load(refit.scale), args.scale_kind));
     refit.invert();
-    batch.template measure_all<false, false, true>(refit, refit_error);
+    batch.template measure_all<false, false, true, Weighted>(refit, refit_error);
     for (size_t i = 0; i < batch.count; ++i) {
       const bool better = refit_error.error[i] < error.error[i];
       error.error[i] = better ? refit_error.error[i] : error.error[i];
@@ -143,9 +163,9 @@ struct Search {
       scales.zero_point[i] = won ? found.zero_point[i] : scales.zero_point[i];
     }
     scales.invert();
-    batch.encode_all(scales);
   }
 
+  template <bool Weighted>
   void rank_all(Batch<K, Masked>& batch) {
     Candidates& c = candidates;
     for (size_t i = 0; i < batch.count; ++i) {
@@ -155,7 +175,8 @@ struct Search {
             for (int k = 0; start && k < kCandidates; ++k) {
               c.error[k][i] += (double)reduce_add(load(c.rows[k] + kLanes * i));
             }
-            rank(from, n, i, batch.top, c);
+            const uint8_t* columns = batch.template columns_of<Weighted>(i, start);
+            rank<Weighted>(from, columns, n, i, batch.top, c);
           });
     }
   }

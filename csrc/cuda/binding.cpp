@@ -135,7 +135,8 @@ int64_t py_quantize_groups(Address w, int kind, Address mask, int64_t rows, int6
                                     0,
                                     at<uint8_t>(scale, n, "scale"),
                                     at<uint8_t>(zero_point),
-                                    at<double>(sums, rows, "sums")};
+                                    at<double>(sums, rows, "sums"),
+                                    nullptr};  // all columns alike
   return quantize_groups(args, at(scratch, rows, "scratch"), {device, at(stream)});
 }
 
