@@ -9,6 +9,7 @@ import pytest
 import torch
 from cuda_device import emulated_module
 
+from compress.errors import UsageError
 from compress.kernels import cuda, cuda_products, cuda_tensors
 
 
@@ -123,6 +124,12 @@ TYPES: list[tuple[Callable[[], Any], str]] = [
     (lambda: codes(out_dtype=torch.int8), "out_dtype must be one of"),
     (lambda: bitmask(kept=torch.zeros(0)), "kept must be float16, not float32"),
 ]
+
+
+def test_a_weighted_search_is_refused() -> None:
+    with pytest.raises(UsageError, match="no weighted search"):
+        quantize(search="mse", column_weights=torch.ones(64))
+    quantize(search="none", column_weights=torch.ones(64))  # nothing to weigh
 
 
 @pytest.mark.parametrize(("call", "message"), VALUES, ids=[message[:30] for _, message in VALUES])

@@ -73,11 +73,16 @@ def obs_sweep(
     mask (False = pruned) and protected (True = keeps its value, takes no part in scales, and has
     the code of zero) are bool [rows, columns]. A group's scale is chosen where the sweep reaches
     the group, from the weights as corrected until then; `static`, and always `act_order`
-    (columns by falling diagonal), chooses all of them from `values`. `weighted` weighs a column's
-    squared error by sqrt(H_ii) / U_ii when a scale is searched. Rows are shared among `workers`
-    threads. Raises
-    ValueError for arguments that do not fit together or a Hessian that is not positive definite,
-    and CannotQuantize as `quantize_matrix` does.
+    (columns by falling diagonal), chooses all of them from `values`.
+
+    `weighted` weighs a column's squared error, when a scale is searched, by 1 / U_ii^2: what it
+    costs after the best correction by the columns that follow. Scales that are chosen before the
+    sweep do not see how corrections will change the last columns, which weigh most: there the
+    weight is sqrt(H_ii) / U_ii, the geometric mean with the cost of an error left alone.
+
+    Rows are shared among `workers` threads. Raises ValueError for arguments that do not fit
+    together or a Hessian that is not positive definite, and CannotQuantize as `quantize_matrix`
+    does.
     """
     _check(values, hessian, mask, protected, block_size, workers)
     values = working_dtype(values)
@@ -89,7 +94,7 @@ def obs_sweep(
     whole = spec.per_tensor or spec.group_size >= values.shape[1]
     static = static or act_order or whole
     plan = Plan(spec, search, signed_scale, static, block_size, workers)
-    weights = _column_weights(hessian, factor) if weighted else None
+    weights = _column_weights(hessian, factor, static) if weighted else None
     with ThreadPoolExecutor(workers) as pool:
         return _Sweep(plan, factor, weights, values, mask, protected, pool).run()
 
@@ -273,15 +278,15 @@ class _Sweep:
         return float(norms.sum())
 
 
-def _column_weights(hessian: NDArray[np.floating], factor: InverseFactor) -> NDArray[np.float64]:
-    """sqrt(H_ii) / U_ii in the order of U, H damped: what a squared error in a column counts for.
-
-    1 / U_ii^2 is what it costs after the best correction by the columns that follow, H_ii what it
-    costs without any. Corrections are themselves rounded, so that the truth lies between: their
-    geometric mean leaves a lower error than either.
-    """
-    diagonal = np.diagonal(hessian).astype(np.float64)[factor.order] + factor.damping
-    weights: NDArray[np.float64] = np.sqrt(diagonal) / np.diagonal(factor.upper)
+def _column_weights(
+    hessian: NDArray[np.floating], factor: InverseFactor, static: bool
+) -> NDArray[np.float64]:
+    """What a squared error in a column counts for, in the order of U; see `obs_sweep`."""
+    upper = np.diagonal(factor.upper).astype(np.float64)
+    weights: NDArray[np.float64] = upper**-2
+    if static:
+        diagonal = np.diagonal(hessian).astype(np.float64)[factor.order] + factor.damping
+        weights = np.sqrt(diagonal) / upper
     weights[factor.dead[factor.order]] = factor.damping  # their damped diagonal
     return weights
 
