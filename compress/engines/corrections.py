@@ -149,15 +149,31 @@ def _kind(module: nn.Module) -> str | None:
     return SCALE if is_norm and weight.ndim == 1 and bias is None else None
 
 
+@torch.no_grad()
+def watch(
+    units: Sequence[Unit], run_dense: Callable[[int], Any], shares: Sequence[Share]
+) -> list[Unit]:
+    """The units that can be corrected, in the order of their calls, knowing the dense model's.
+
+    run_dense  runs the dense model, or a part of it, on a batch's samples
+    """
+    order: list[Unit] = []
+    for number, share in enumerate(shares):
+        with _watched(units, share, order):
+            run_dense(number)
+    return [unit for unit in order if unit.usable and unit.calls == len(shares)]
+
+
 class Corrector:
     """Corrects units part by part of a model, and keeps account.
 
+    forced  layers that are corrected even where their own outputs lose by it
     values  the new values of stored tensors, in their dtype and shape
     judged  one entry a unit that was looked at and differs from the dense one
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, forced: frozenset[str] = frozenset()) -> None:
+        self.settings, self.forced = settings, forced
         self.values: dict[str, Array] = {}
         self.judged: list[Judged] = []
         self.units = 0
@@ -166,33 +182,22 @@ class Corrector:
     def correct(
         self,
         units: Sequence[Unit],
-        run_dense: Callable[[int], Any],
-        run_now: Callable[[int], Any],
+        run: Callable[[int], Any],
         shares: Sequence[Share],
         judge: Callable[[], float] | None = None,
     ) -> None:
-        """Correct the units of one part (a block, or a whole model), in the order of their calls.
+        """Correct units that were watched, in one part of a model (a block, or all of it).
 
-        run_dense  runs the part of the dense model on a batch's samples; called once a batch
-        run_now    the same of the other model; it may be called often, and ended early
-        judge      the error of the part's output on held-out samples, where there are many batches;
-                   without it units are judged by their own outputs
+        run    runs the part on a batch's samples; it may be called often, and ended early
+        judge  the error of the part's output on held-out samples, where there are many batches;
+               without it units are judged by their own outputs
         """
-        order: list[Unit] = []
-        for number, share in enumerate(shares):
-            with _watched(units, share, order):
-                run_dense(number)
-        order = [unit for unit in order if unit.usable and unit.calls == len(shares)]
-        self.units += len(order)
-        if not order:
+        self.units += len(units)
+        if units and len(shares) == 1:
+            self._on_the_way(units, run, shares[0])
             return
-        if len(shares) == 1:
-            self._on_the_way(order, run_now, shares[0])
-        else:
-            for unit in order:
-                self._one_by_one(unit, run_now, shares, judge)
         for unit in units:
-            unit.learned, unit.held = [], []
+            self._one_by_one(unit, run, shares, judge)
 
     def _on_the_way(self, units: Sequence[Unit], run: Callable[[int], Any], share: Share) -> None:
         """All units in one pass: each is corrected just before it runs."""
@@ -244,9 +249,9 @@ class Corrector:
         if all(torch.equal(getattr(unit.now, a), old[a]) for a in old):
             return  # it needs nothing
         after = judge()
-        helps = after < before * (1 - _LEAST)
-        kept = bool(np.isfinite(after)) and (helps or not self.settings.gate)
         place = next(iter(unit.tensors.values())).name.rpartition(".")[0]
+        helps = after < before * (1 - _LEAST) or place in self.forced
+        kept = bool(np.isfinite(after)) and (helps or not self.settings.gate)
         self.judged.append(Judged(place, unit.kind, before, after, kept))
         if not kept:
             for attribute, values in old.items():

@@ -246,11 +246,6 @@ def _state(model: nn.Module) -> dict[str, torch.Tensor]:
 def _matched(model: nn.Module, spec: str, checkpoint: Checkpoint) -> dict[str, str]:
     """Name in the module -> stored name. Raises InputError for what is missing or misshapen."""
     places = _state(model)
-    if lazy := [name for name, place in places.items() if nn.parameter.is_lazy(place)]:
-        raise UsageError(
-            f"--module {show(spec)}: the shape of {show(lazy[0])} is not known yet",
-            hint="use layers that are given their sizes, not the Lazy ones",
-        )
     shapes = {info.name: info.shape for info in checkpoint.infos()}
     names = {name: name for name in shapes} | dict(checkpoint.aliases)
     theirs, ours = _prefixes(list(places), list(names))

@@ -12,7 +12,7 @@ import torch
 from compress.calibrate.inputs import IDS, IMAGES, batches_of, lengths_of, split
 from compress.checkpoint import Checkpoint
 from compress.engines.blocks import Batch, BlockModel
-from compress.engines.corrections import Corrector, Judged, Settings, Share, find_units
+from compress.engines.corrections import Corrector, Judged, Settings, Share, find_units, watch
 from compress.engines.module import UserModule, load_module
 from compress.errors import UsageError
 from compress.tensor import Array, TensorInfo
@@ -81,19 +81,27 @@ def correct_module(
     with torch.no_grad():
         wanted = outputs(dense)
         before = _distance(outputs(now), wanted)
-        corrector = Corrector(settings)
         units = find_units(
             dense.inner, now.inner, lambda name: allowed.get(now.stored.get(name, "")), settings
         )
-        corrector.correct(
-            units, lambda n: dense.run(batches[n]), lambda n: now.run(batches[n]), shares
-        )
-        after = _distance(outputs(now), wanted)
+        order = watch(units, lambda n: dense.run(batches[n]), shares)
+        as_it_was = {name: value.clone() for name, value in now.inner.state_dict().items()}
+
+        def attempt(forced: frozenset[str]) -> tuple[Corrector, float]:
+            now.inner.load_state_dict(as_it_was)
+            corrector = Corrector(settings, forced)
+            corrector.correct(order, lambda n: now.run(batches[n]), shares)
+            return corrector, _distance(outputs(now), wanted)
+
+        best, after = attempt(frozenset())
+        # Matched deviations may cost a layer squared error and still serve what follows.
+        for place in [j.unit for j in best.judged if not j.kept]:
+            other, error = attempt(best.forced | {place})
+            if error < after:
+                best, after = other, error
     learned = sum(share.learn for share in shares)
-    total = sum(share.samples for share in shares)
-    return Outcome(
-        corrector.values, corrector.judged, corrector.units, before, after, learned, total - learned
-    )
+    held = sum(share.samples for share in shares) - learned
+    return Outcome(best.values, best.judged, best.units, before, after, learned, held)
 
 
 def correct_blocks(
@@ -161,13 +169,11 @@ class _Streams:
                         error.add(run_now(number), self.dense[number].hidden)
                 return error.value
 
-            corrector.correct(
-                find_units(dense, now, stored, settings),
-                lambda number: self.dense_model.advance(index, self.dense[number]),
-                run_now,
-                shares,
-                judge,
+            units = find_units(dense, now, stored, settings)
+            order = watch(
+                units, lambda number: self.dense_model.advance(index, self.dense[number]), shares
             )
+            corrector.correct(order, run_now, shares, judge)
             for batch in self.now:
                 model.advance(index, batch)
 

@@ -43,7 +43,9 @@ class Recalibrate(Pass):
         "match: the dense model's mean and deviation; estimate: running statistics anew",
         choices=("match", "estimate"),
     )
-    samples: int = option(200, "inputs at most, a fifth of them to judge by", low=2)
+    samples: int = option(
+        200, "inputs at most, from all over them; a fifth is kept apart to judge by", low=2
+    )
     gate: bool = option(True, "keep only what lowers the output error on the inputs kept apart")
 
     outlook: Outlook | None = field(default=None, repr=False, compare=False)
@@ -128,7 +130,7 @@ def _run(
     ):
         return None
     settings = Settings(frozenset(one.what), one.bn == "estimate", one.gate)
-    inputs = {k: v[: one.samples] for k, v in outlook.statistics.inputs().items() if k != "labels"}
+    inputs = _spread(outlook.statistics.inputs(), one.samples)
     if outlook.module is not None:
         outcome = correct_module(outlook.module, outlook.source, trial, inputs, allowed, settings)
     else:
@@ -162,6 +164,14 @@ def _run(
         "notes": notes,
     }
     return values, facts
+
+
+def _spread(inputs: Mapping[str, Array], samples: int) -> dict[str, Array]:
+    """At most that many samples from all over the inputs, which may be sorted by class."""
+    total = len(next(iter(inputs.values())))
+    taken = min(samples, total)
+    numbers = np.arange(taken) * total // taken
+    return {name: values[numbers] for name, values in inputs.items() if name != "labels"}
 
 
 def _bits(values: Array) -> Array:
