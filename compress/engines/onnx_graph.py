@@ -209,7 +209,7 @@ def _parse(raw: bytes, path: Path) -> Any:
     except ImportError as error:
         raise UsageError(
             "reading .onnx files needs the packages onnx and onnxruntime",
-            hint='install them: pip install "compress-checkpoints[onnx]"',
+            hint="install them: pip install onnx onnxruntime",
         ) from error
     model = onnx.ModelProto()
     try:
