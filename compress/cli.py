@@ -65,6 +65,7 @@ ONE_PASS = {
     "super-weights": "Find super weights and write them beside the checkpoint.",
     "quantize": "Quantize weights to 2-8 bits and write the result.",
     "low-rank": "Repair prune or quantize by low-rank factors (needs one of them: see run).",
+    "recalibrate": "Correct norms and biases after other passes (needs one of them: see run).",
 }
 
 Model = Annotated[

@@ -34,6 +34,7 @@ class TrialCheckpoint(Checkpoint):
         self._last = len(plan.passes) if last is None else last
         self._infos = source.infos()
         self._tensors = {t.info.name: t for t in plan.tensors}
+        self._last_read: tuple[str, Array] | None = None
 
     def info(self, name: str) -> TensorInfo:
         """The tensor called `name`."""
@@ -44,7 +45,10 @@ class TrialCheckpoint(Checkpoint):
         tensor = self._tensors[info.name]
         if not self._steps(tensor):
             return self._source.read(info, start, stop)
-        return self._decoded(tensor)[start:stop]
+        last = self._last_read
+        if last is None or last[0] != info.name:  # a table is read row by row
+            last = self._last_read = info.name, self._decoded(tensor)
+        return np.array(last[1][start:stop])
 
     def _steps(self, tensor: TensorPlan) -> list[int]:
         if tensor.info.name in self._dense:
