@@ -60,31 +60,35 @@ def measured(shared: Path, folder: Path) -> list[Figure]:
     images = ["--images", shared / "data" / "cifar10_calib_600.npz"]
     command("calibrate", model, "--for", recipe, *images, "-o", stats, *common)
 
-    def chain(name: str, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The report of a run and the evaluation of its output."""
+    def made(name: str, *words: str) -> dict[str, Any]:
+        """The report of a run."""
         out = folder / name
         command("run", model, "-o", out, "--stats", stats, *common, *words)
-        test = ["--images", shared / "data" / "cifar10_test_2000.npz"]
-        found = command("eval", out, "--reference", model, *test, *common)
-        return json.loads((out / "report.json").read_text()), found["metrics"]
+        return json.loads((out / "report.json").read_text())
 
-    _, sparse = chain("sparse", "prune:sparsity=0.7")
-    _, back = chain("back", "prune:sparsity=0.7", "recalibrate")
-    small, obs = chain("obs", PRUNED, OBS, "recalibrate")
-    _, raw = chain("raw", PRUNED, OBS)
-    plain, _ = chain("plain", PRUNED, f"{ROUNDED},search=none,signed_scale=false")
-    searched, _ = chain("searched", PRUNED, ROUNDED)
-    repaired, both = chain("repaired", PRUNED, OBS, FACTORS)
+    def judged(name: str) -> dict[str, Any]:
+        """The evaluation of its output."""
+        test = ["--images", shared / "data" / "cifar10_test_2000.npz"]
+        return command("eval", folder / name, "--reference", model, *test, *common)["metrics"]
+
+    plain = made("plain", PRUNED, f"{ROUNDED},search=none,signed_scale=false")
+    searched = made("searched", PRUNED, ROUNDED)
+    repaired = made("repaired", PRUNED, OBS, FACTORS)
+    small = made("raw", PRUNED, OBS)
+    made("obs", PRUNED, OBS, "recalibrate")
+    made("sparse", "prune:sparsity=0.7")
+    made("back", "prune:sparsity=0.7", "recalibrate")
+    sparse, back, raw, obs, both = map(judged, ("sparse", "back", "raw", "obs", "repaired"))
     ours, searched_error, plain_error = map(output_error, (repaired, searched, plain))
     ratios = (
         f"{ours:.4f}: {ours / searched_error:.3f} of searched, {ours / plain_error:.3f} of plain"
     )
     return [
-        Figure("points, 70 % global", -sparse["drop"], note=error(sparse)),
-        Figure("points, 70 % global, recalibrate", -back["drop"], -11, note=error(back)),
-        Figure("points, 50 % + 4-bit OBS", -raw["drop"], note=error(raw)),
-        Figure("points, 50 % + 4-bit OBS, recalibrate", -obs["drop"], -2, note=error(obs)),
-        Figure("points, 50 % + 4-bit OBS + rank 4", -both["drop"], note=error(both)),
+        Figure("points, 70 % global", -sparse["accuracy_drop"], note=error(sparse)),
+        Figure("points, 70 % global, recalibrate", -back["accuracy_drop"], -11, note=error(back)),
+        Figure("points, 50 % + 4-bit OBS", -raw["accuracy_drop"], note=error(raw)),
+        Figure("points, 50 % + 4-bit OBS, recalibrate", -obs["accuracy_drop"], -2, note=error(obs)),
+        Figure("points, 50 % + 4-bit OBS + rank 4", -both["accuracy_drop"], note=error(both)),
         Figure("output error, searched scales / OBS + rank 4", searched_error / ours, 1 / 0.55,
                note=ratios),
         Figure("output error, plain scales / OBS + rank 4", plain_error / ours, 1 / 0.55),
@@ -101,7 +105,7 @@ def output_error(report: dict[str, Any]) -> float:
 
 def error(metrics: dict[str, Any]) -> str:
     """What is said beside points."""
-    return f"+- {metrics['drop_error']:.2f}, accuracy {metrics['accuracy']:.2f}"
+    return f"+- {metrics['accuracy_drop_error']:.2f}, accuracy {metrics['accuracy']:.2f}"
 
 
 def command(*words: Any) -> Any:
