@@ -17,22 +17,29 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured ratio. `goal` and `stretch` are lower bounds; None: there is none."""
+    """One measured ratio. `goal` and `stretch` are lower bounds, or upper ones (`at_most`).
+
+    None: there is none.
+    """
 
     what: str
     result: float
     goal: float | None = None
     stretch: float | None = None
     note: str = ""
+    at_most: bool = False
+
+    def _reaches(self, bound: float) -> bool:
+        return self.result <= bound if self.at_most else self.result >= bound
 
     @property
     def verdict(self) -> str:
         """stretch, holds, MISSED, or nothing where there is no goal."""
-        if self.stretch is not None and self.result >= self.stretch:
+        if self.stretch is not None and self._reaches(self.stretch):
             return "stretch"
         if self.goal is None:
             return ""
-        return "holds" if self.result >= self.goal else "MISSED"
+        return "holds" if self._reaches(self.goal) else "MISSED"
 
 
 def show(title: str, figures: list[Figure]) -> None:
@@ -41,7 +48,8 @@ def show(title: str, figures: list[Figure]) -> None:
     for column in ("figure", "goal", "stretch", "result", "", "note"):
         table.add_column(column, justify="left" if column in ("figure", "", "note") else "right")
     for figure in figures:
-        bounds = ("" if b is None else f"{b:g}" for b in (figure.goal, figure.stretch))
+        sign = "<= " if figure.at_most else ""
+        bounds = ("" if b is None else f"{sign}{b:g}" for b in (figure.goal, figure.stretch))
         table.add_row(figure.what, *bounds, f"{figure.result:.2f}", figure.verdict, figure.note)
     Console(width=110).print(table)
 

@@ -399,6 +399,7 @@ def _options(
 ) -> Options:
     from compress.plan import Options
     from compress.recipe import FORMATS, UNTOUCHED
+    from compress.sizes import parse_size
 
     for flag, value, known in (
         ("--format", format, FORMATS),
@@ -410,24 +411,9 @@ def _options(
         format=format,
         untouched=untouched,
         jobs=jobs,
-        memory=_bytes("--memory", memory),
-        max_shard_bytes=_bytes("--max-shard-size", shard),
+        memory=parse_size("--memory", memory, least=1 << 20),
+        max_shard_bytes=parse_size("--max-shard-size", shard, least=1 << 20),
     )
-
-
-def _bytes(flag: str, text: str) -> int:
-    """`2GB`, `512MiB`, `1e9` as bytes."""
-    import re
-
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-    units |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in units:
-        raise UsageError(f"{flag} {show(text)}: not a size", hint="e.g. 2GB or 512MiB")
-    value = float(match[1]) * units[match[2]]
-    if not 1 << 20 <= value <= 1 << 60:
-        raise UsageError(f"{flag} {show(text)}: not between 1 MiB and 1 EiB")
-    return int(value)
 
 
 def _run(

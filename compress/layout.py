@@ -82,6 +82,18 @@ def specs_of(tensor: TensorPlan, fmt: Format) -> list[ArraySpec]:
     return sorted(specs, key=lambda s: nbytes_of(s.dtype, s.shape), reverse=True)
 
 
+def bytes_range_of(tensor: TensorPlan, fmt: Format) -> tuple[int, int]:
+    """Bytes of all arrays of one tensor, at least and at most."""
+    low, high = (
+        sum(
+            nbytes_of(s.dtype, s.shape)
+            for s in specs_of(replace(tensor, terms=tensor.terms.at(end)), fmt)
+        )
+        for end in (0, 1)
+    )
+    return low, high
+
+
 def arrange(
     tensors: Sequence[TensorPlan],
     fmt: Format,

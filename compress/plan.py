@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -19,13 +19,13 @@ from compress.buffers import BufferPool
 from compress.calibrate.statistics import INPUTS, missing_kinds
 from compress.checkpoint import Checkpoint
 from compress.checkpoint import config as model_config
-from compress.checkpoint.writer import nbytes_of
 from compress.errors import ResourceError, UsageError, show
 from compress.formats.base import Entry, Format
-from compress.passes.base import NAMED_ROLES, Context, Pass, Terms
+from compress.passes.base import NAMED_ROLES, Context, Outlook, Pass, Terms
 from compress.recipe import Output, Recipe
 from compress.tensor import Role, TensorInfo
 from compress.tiles import TensorPlan
+from compress.trial import TrialCheckpoint
 
 if TYPE_CHECKING:
     from compress.calibrate.statistics import Statistics, TensorStatistics
@@ -34,12 +34,6 @@ if TYPE_CHECKING:
 _STAGES = {"outliers": 0, "mask": 1, "codes": 2, "factors": 3, "values": 4}
 _CAST_TAGS = {"bf16": "BF16", "fp16": "F16"}
 DEFAULT_MEMORY = 1 << 30
-# Python with the libraries a data-free run imports, and what its allocator keeps (measured).
-_BASE_MEMORY = 104 << 20
-# The child that reads PyTorch files: torch itself, beside twice the file.
-_TORCH_MEMORY = 280 << 20
-# torch, imported for linear algebra with statistics, and the statistics of the last sites (below).
-_SOLVER_MEMORY = 220 << 20
 
 
 @dataclass(frozen=True)
@@ -100,6 +94,28 @@ class Plan:
             bound.append(self.passes[index].bind(tensor.info, bound, context))
         return bound
 
+    def outlook(
+        self, index: int, progress: Callable[[str, int, int], None] | None = None
+    ) -> Outlook:
+        """What pass `index` may ask about the run."""
+        names = {info.name for info in self.members[index]}
+
+        def tensor_bytes(made: Pass) -> dict[str, tuple[int, int]]:
+            chosen = (t for t in self.decided(index, made).tensors if t.info.name in names)
+            return {t.info.name: layout.bytes_range_of(t, self.format) for t in chosen}
+
+        return Outlook(
+            source=self.checkpoint,
+            output_bytes=lambda made: self.decided(index, made).bytes_range,
+            tensor_bytes=tensor_bytes,
+            refusal=lambda made: _refusal(self.decided(index, made), self.format),
+            trial=lambda made: TrialCheckpoint(self.decided(index, made), last=index),
+            statistics=self.statistics,
+            module=self.options.module,
+            workers=self.options.workers,
+            **({} if progress is None else {"progress": progress}),
+        )
+
     def statistics_of(self, info: TensorInfo) -> TensorStatistics | None:
         """What calibration knows of a tensor, None without a calibration."""
         return None if self.statistics is None else self.statistics.of(info)
@@ -147,28 +163,18 @@ class Plan:
     @cached_property
     def peak_memory(self) -> int:
         """Bytes of resident memory that the run stays under."""
-        workers = self.options.workers
-        costs, results, waiting = [], [], [0]
-        for tensor in self.tensors:
-            specs = layout.specs_of(tensor, self.format)
-            sizes = sorted(nbytes_of(s.dtype, s.shape) for s in specs)
-            waiting.append(sum(sizes[:-1]))  # all arrays but the largest wait for its end
-            cut = tiles.cut(tensor, self.passes, self.tile_bytes)
-            costs += [tile.cost for tile in cut]
-            results += [sum(sizes) // len(cut)] * len(cut)
-        # At any moment at most `workers` tiles are worked on and two more wait to be written.
-        in_flight = 0
-        for i in range(len(costs)):
-            window = sorted(costs[i : i + workers + 2])[-workers:]
-            done = sorted(results[i : i + workers + 2])[-2:]
-            in_flight = max(
-                in_flight, min(sum(window), max(self.options.memory, costs[i])) + sum(done)
-            )
-        torch_child = 0
-        if any(t.info.offset < 0 for t in self.tensors):
-            torch_child = _TORCH_MEMORY + 2 * sum(t.info.nbytes for t in self.tensors)
-        solvers = _SOLVER_MEMORY if any(one.needs for one in self.passes) else 0
-        return max(_BASE_MEMORY + solvers + in_flight + max(waiting), torch_child)
+        from compress.memory_estimate import peak_memory
+
+        return peak_memory(self)
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """The output's bytes at most, with what budgets that are not shared out hold it to."""
+        limits = [
+            one.most_bytes(self.outlook(index), list(self.members[index]))
+            for index, one in enumerate(self.passes)
+        ]
+        return min([self.bytes_range[1], *(limit for limit in limits if limit is not None)])
 
     @property
     def reads(self) -> int:
@@ -205,7 +211,7 @@ class Plan:
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        needed = self.bytes_range[1] + (1 << 20)
+        needed = self.most_bytes + (1 << 20)
         if needed > free:
             raise ResourceError(
                 f"{show(str(folder))}: {needed:,} bytes needed, {free:,} free",
@@ -271,7 +277,10 @@ def make_plan(
     fmt, reason = _choose_format(draft, output.format)
     recipe = replace(recipe, output=replace(output, format=fmt.name))
     plan = replace(draft, recipe=recipe, format=fmt, format_reason=reason)
-    return replace(plan, warnings=(*plan.warnings, *_warnings(plan)))
+    for index, one in enumerate(plan.passes):
+        one.check_outlook(plan.outlook(index), list(plan.members[index]))
+    calibrated = calibrated or statistics is not None
+    return replace(plan, warnings=(*plan.warnings, *_warnings(plan, calibrated)))
 
 
 def recipe_yaml(recipe: Recipe) -> bytes:
@@ -412,10 +421,12 @@ def _tensor_plans(plan: Plan, passes: Sequence[Pass]) -> tuple[TensorPlan, ...]:
 
 
 def _choose_format(plan: Plan, wanted: str) -> tuple[Format, str]:
-    changed = {t.info.name: t.terms for t in plan.tensors if t.terms.changed}
-    infos = plan.checkpoint.infos()
     if wanted == "auto":
-        return formats.choose(changed, infos, plan.checkpoint.config, plan.checkpoint.aliases)
+        changed, *others = _changed(plan)
+        checkpoint = plan.checkpoint
+        return formats.choose(
+            changed, checkpoint.infos(), checkpoint.config, checkpoint.aliases, others=others
+        )
     fmt = formats.get(wanted)
     refusal = _refusal(plan, fmt)
     if refusal is not None:
@@ -426,9 +437,24 @@ def _choose_format(plan: Plan, wanted: str) -> tuple[Format, str]:
 
 
 def _refusal(plan: Plan, fmt: Format) -> str | None:
-    changed = {t.info.name: t.terms for t in plan.tensors if t.terms.changed}
+    """Why a format cannot hold the result, whatever the passes decide that have not yet."""
     checkpoint = plan.checkpoint
-    return formats.refusal(fmt, changed, checkpoint.infos(), checkpoint.config, checkpoint.aliases)
+    infos = checkpoint.infos()
+    for changed in _changed(plan):
+        reason = formats.refusal(fmt, changed, infos, checkpoint.config, checkpoint.aliases)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _changed(plan: Plan) -> list[dict[str, Terms]]:
+    """The changed tensors with their terms: as far as is known, then what else may come out."""
+    forms = [
+        plan.decided(index, form)
+        for index, one in enumerate(plan.passes)
+        for form in one.possible(list(plan.members[index]))
+    ]
+    return [{t.info.name: t.terms for t in p.tensors if t.terms.changed} for p in (plan, *forms)]
 
 
 def _refuse_idle_factors(plan: Plan) -> None:
@@ -444,10 +470,11 @@ def _refuse_idle_factors(plan: Plan) -> None:
             )
 
 
-def _warnings(plan: Plan) -> list[str]:
+def _warnings(plan: Plan, calibrated: bool) -> list[str]:
     """What a user should hear before the work, in plain words."""
     found = []
     for one in plan.passes:
+        found += one.warnings(calibrated)
         sparsity = getattr(one, "sparsity", None) or 0.0
         blind = one.writes == "mask" and not one.needs
         if blind and _is_decoder(plan.checkpoint) and sparsity >= 0.3:

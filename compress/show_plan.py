@@ -32,7 +32,7 @@ def plan_body(plan: Plan) -> dict[str, Any]:
             for p, members in zip(plan.passes, plan.members, strict=True)
         ],
         "bytes_before": plan.bytes_before,
-        "bytes": list(plan.bytes_range),
+        "bytes": [plan.bytes_range[0], plan.most_bytes],
         "exact": plan.exact,
         "bits_per_weight_total": [
             8 * low.weight_bytes / max(1, every),
@@ -40,7 +40,7 @@ def plan_body(plan: Plan) -> dict[str, Any]:
         ],
         "files": {n: [low.sizes().get(n, 0), b] for n, b in high.sizes().items()},
         "peak_memory": plan.peak_memory,
-        "disk": plan.bytes_range[1],
+        "disk": plan.most_bytes,
         "reads": plan.reads,
         "threads": plan.options.workers,
         "tensors": [

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from compress.parallel import map_tiles
-from compress.passes.base import Outlook, Pass
+from compress.passes.base import Pass
 from compress.plan import Plan
-from compress.tiles import TensorPlan, Tile, read_tile, survey_tiles
-from compress.trial import TrialCheckpoint
+from compress.tiles import TensorPlan, Tile, read_tile, surveyed
 
 Progress = Callable[[str, int, int], None]  # (what, bytes done, bytes in all)
 
@@ -45,30 +44,14 @@ def _sweep(plan: Plan, index: int, progress: Progress) -> Pass:
     total = sum(t.info.nbytes for t in chosen)
     done = 0
     merged: Any = None
-    tiles = [
-        tile
-        for t in chosen
-        for tile in survey_tiles(t, plan.tile_bytes, whole=one.surveys_whole(t.info))
-    ]
+    tiles = [tile for t in chosen for tile in surveyed(t, one, plan.tile_bytes)]
     for tile, statistic in map_tiles(
         work, tiles, workers=plan.options.workers, memory=plan.options.memory
     ):
         merged = statistic if merged is None else one.merge(merged, statistic)
-        done += tile.cost // 2
+        done += min(tile.tensor.info.nbytes, tile.cost // 2)
         progress(f"{one.name}: survey", min(done, total), total)
-    return one.foresee(_outlook(plan, index)).decide(merged, infos)
-
-
-def _outlook(plan: Plan, index: int) -> Outlook:
-    """What pass `index` may ask about the run."""
-    return Outlook(
-        source=plan.checkpoint,
-        output_bytes=lambda made: plan.decided(index, made).bytes_range[1],
-        trial=lambda made: TrialCheckpoint(plan.decided(index, made), last=index),
-        statistics=plan.statistics,
-        module=plan.options.module,
-        workers=plan.options.workers,
-    )
+    return one.foresee(plan.outlook(index, progress)).decide(merged, infos)
 
 
 def _before(plan: Plan, tensor: TensorPlan, index: int) -> list[Pass]:

@@ -90,7 +90,8 @@ def decide(pass_: Pass, tensors: Sequence[Tensor], tile_rows: int | None = None)
             raise AssertionError(f"{pass_.name}: still wants a survey after {sweeps - 1} sweeps")
         statistic = None
         for tensor in tensors:
-            for tile in tiles_of(tensor, tile_rows) if pass_.surveys(tensor.info) else ():
+            rows = None if pass_.surveys_whole(tensor.info) else tile_rows
+            for tile in tiles_of(tensor, rows) if pass_.surveys(tensor.info) else ():
                 one = pass_.survey(tile)
                 statistic = one if statistic is None else pass_.merge(statistic, one)
         pass_ = pass_.decide(statistic, infos)
@@ -334,12 +335,21 @@ def _check_terms(cls: type[Pass], tensor: Tensor, terms: Terms, when: str) -> No
     _require((tensor.codes is None) == (terms.codes is None), cls, f"{where} codes {terms.codes}")
     if tensor.codes is not None and terms.codes is not None:
         spec, codes = terms.codes, tensor.codes
-        _require(spec.bits == codes.bits, cls, f"{where} {codes.bits} bits, not {spec.bits}")
+        fewest = spec.bits if spec.least is None else spec.least.bits
+        _require(
+            fewest <= codes.bits <= spec.bits,
+            cls,
+            f"{where} {codes.bits} bits, not {fewest} to {spec.bits}",
+        )
         _require(
             spec.symmetric == (codes.zero_point is None), cls, f"{where} symmetric={spec.symmetric}"
         )
         groups = spec.groups(tensor.source.shape[1])
-        _require(groups == codes.scale.shape[1], cls, f"{where} {groups} groups a row")
+        _require(
+            groups == codes.scale.shape[1] or spec.least is not None,
+            cls,
+            f"{where} {groups} groups a row",
+        )
         tags = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
         _require(
             tags[codes.scale.dtype.name] == spec.scale_dtype,
@@ -347,7 +357,10 @@ def _check_terms(cls: type[Pass], tensor: Tensor, terms: Terms, when: str) -> No
             f"{where} scale {spec.scale_dtype}",
         )
     rank = 0 if tensor.factors is None else tensor.factors.rank
-    _require(rank == terms.rank, cls, f"{where} rank {rank}, not {terms.rank}")
+    lowest = terms.rank if terms.least_rank is None else terms.least_rank
+    _require(
+        lowest <= rank <= terms.rank, cls, f"{where} rank {rank}, not {lowest} to {terms.rank}"
+    )
     outliers = tensor.outliers
     count = 0 if outliers is None else int(outliers.rows.size)
     columns = 0 if outliers is None else int(np.unique(outliers.columns).size)

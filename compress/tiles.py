@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -70,6 +70,13 @@ def survey_tiles(
     step = rows if whole or info.role is Role.CONV1D else max(1, tile_bytes // row_bytes)
     bounds = [(r, min(r + step, rows)) for r in range(0, rows, max(1, step))] or [(0, 0)]
     return [Tile(tensor, a, b, False, 2 * (b - a) * row_bytes) for a, b in bounds]
+
+
+def surveyed(tensor: TensorPlan, one: Pass, tile_bytes: int = TILE_BYTES) -> list[Tile]:
+    """The tiles of a tensor in the next sweep of a pass, with what it needs beside them."""
+    extra = one.survey_workspace(tensor.info)
+    tiles = survey_tiles(tensor, tile_bytes, whole=one.surveys_whole(tensor.info))
+    return [replace(tile, cost=tile.cost + extra) for tile in tiles]
 
 
 def read_tile(checkpoint: Checkpoint, tile: Tile, buffer: Buffer | None = None) -> Tensor:

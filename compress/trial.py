@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -65,3 +66,40 @@ class TrialCheckpoint(Checkpoint):
             if step <= self._last:
                 made = one.apply(made)
         return np.ascontiguousarray(info.from_matrix(plain(made))).reshape(info.shape)
+
+
+class RememberedTrial(Checkpoint):
+    """A trial whose tensors are decoded once for each way they may come out.
+
+    forms   name -> the form of a tensor in this trial (hashable); others are read from the source
+    memory  (name, form) -> values, shared by trials; it is filled up to `limit` bytes
+    """
+
+    def __init__(
+        self,
+        trial: Checkpoint,
+        forms: Mapping[str, Hashable],
+        memory: dict[tuple[str, Hashable], Array],
+        limit: int,
+    ) -> None:
+        super().__init__(trial.path, trial.directory, {})
+        self.config, self.config_bytes = trial.config, trial.config_bytes
+        self.aliases, self.sidecars = dict(trial.aliases), list(trial.sidecars)
+        self._trial, self._forms, self._memory, self._limit = trial, forms, memory, limit
+        self._infos = trial.infos()
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor called `name`."""
+        return self._trial.info(name)
+
+    def read(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Array:
+        """Rows of the first axis as they would decode from the output."""
+        if info.name not in self._forms:
+            return self._trial.read(info, start, stop)
+        key = info.name, self._forms[info.name]
+        if key not in self._memory:
+            values = self._trial.read(info)
+            if sum(v.nbytes for v in self._memory.values()) + values.nbytes > self._limit:
+                return values[start:stop]
+            self._memory[key] = values
+        return self._memory[key][start:stop]

@@ -11,7 +11,9 @@ from safetensors.numpy import save_file
 
 from compress.calibrate.statistics import (
     HELD_OUT,
+    INPUTS,
     KEY,
+    OUTPUT_FISHER,
     SECOND_MOMENT,
     Record,
     Site,
@@ -40,8 +42,15 @@ def write_statistics(
     inputs: Mapping[Sequence[str], Inputs],
     held_out: Mapping[Sequence[str], Inputs] | None = None,
     fingerprint: str = "any",
+    *,
+    fisher: Mapping[str, NDArray[np.float32]] | None = None,
+    ids: NDArray[np.int32] | None = None,
 ) -> Statistics:
-    """A file with second moments of the inputs of each group of tensor names, opened."""
+    """A file with second moments of the inputs of each group of tensor names, opened.
+
+    fisher  Fisher diagonal of the outputs by tensor
+    ids     token ids that the model was given
+    """
     arrays, sites = {}, []
     for number, (names, values) in enumerate(inputs.items()):
         second = moment(values)
@@ -50,6 +59,12 @@ def write_statistics(
         if held_out is not None:
             arrays[f"site/{number}/{HELD_OUT}"] = moment(held_out[names])
     kinds = {SECOND_MOMENT} | ({HELD_OUT} if held_out is not None else set())
+    for name, values in (fisher or {}).items():
+        arrays[f"tensor/{name}/{OUTPUT_FISHER}"] = values
+        kinds.add(OUTPUT_FISHER)
+    if ids is not None:
+        arrays["inputs/input_ids"] = ids
+        kinds.add(INPUTS)
     record = Record(fingerprint, "hf", tuple(sites), frozenset(kinds))
     save_file(arrays, path, {KEY: record.to_json()})
     return open_statistics(path)

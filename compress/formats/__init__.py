@@ -66,15 +66,19 @@ def choose(
     infos: Sequence[TensorInfo],
     config: Mapping[str, Any] | None,
     aliases: Mapping[str, str] | None = None,
+    *,
+    others: Sequence[Mapping[str, Terms]] = (),
 ) -> tuple[Format, str]:
     """The format of `--format auto` and why, in plain words.
 
     dense where there are no codes, compressed-tensors where it holds the result, else native.
+    others  what may come out instead and has to be held as well
     """
     if not any(terms.codes is not None for terms in changed.values()):
         return FORMATS["dense"], "no tensor has integer codes: plain tensors hold the result"
     preferred = FORMATS["compressed-tensors"]
-    reason = refusal(preferred, changed, infos, config, aliases)
+    reasons = (refusal(preferred, one, infos, config, aliases) for one in (changed, *others))
+    reason = next((r for r in reasons if r is not None), None)
     if reason is None:
         return preferred, "transformers and vLLM load it"
     return FORMATS["native"], f"compressed-tensors cannot hold it: {reason}"
@@ -97,6 +101,7 @@ def slack(
     if all(_arrays(fmt, entry, 0) == _arrays(fmt, entry, 1) for entry in entries):
         return 0
     below, above = fmt.slack([entry for entry in entries if entry.terms.changed])
+    below, above = below + _record_slack(entries), above + _record_slack(entries)
     digits = []  # of every offset
     total = 0
     for specs in files:
@@ -110,6 +115,12 @@ def slack(
         return -(below + sum(digits) - len(digits) + padding)
     # Where fewer shards come out, a tensor lies further from its file's start than here.
     return above + len(digits) * len(str(total)) - sum(digits) + padding
+
+
+def _record_slack(entries: Sequence[Entry]) -> int:
+    """Digits of groups in the records, and fields that are not in all of them."""
+    open_codes = sum(e.terms.codes is not None and e.terms.codes.least is not None for e in entries)
+    return 8 * open_codes + 48 * sum(e.terms.least_rank is not None for e in entries)
 
 
 def _arrays(fmt: Format, entry: Entry, end: int) -> list[ArraySpec]:

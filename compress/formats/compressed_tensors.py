@@ -124,8 +124,14 @@ class CompressedTensors(Format):
         return files
 
     def slack(self, entries: Sequence[Entry]) -> tuple[int, int]:
-        """The ranks in adapter_config.json, which are listed where they differ."""
-        return peft.config_slack(entries)
+        """Ranks in adapter_config.json and modules in config.json, listed where they differ."""
+        below, above = peft.config_slack(entries)
+        codes = [(e.info.module, e.terms.codes) for e in entries if e.terms.codes is not None]
+        if any(c.least is not None for _, c in codes):
+            # A pattern is at most twice as long as what it matches; a group of each width.
+            listed = 400 * len(WIDTHS) + sum(2 * len(module) + 40 for module, _ in codes)
+            below, above = below + listed, above + listed
+        return below, above
 
     def notes(self, terms: Sequence[Terms], infos: Sequence[TensorInfo]) -> list[str]:
         """How to load the adapter, where there is one."""

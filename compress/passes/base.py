@@ -43,13 +43,17 @@ def option(
 
 @dataclass(frozen=True)
 class CodesSpec:
-    """What is known of a tensor's codes before they exist; `group_size` is resolved (>= 1)."""
+    """What is known of a tensor's codes before they exist; `group_size` is resolved (>= 1).
+
+    While a budget is not shared out yet, it is the choice of the most bytes.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
     scale_dtype: str  # F16, BF16 or F32
     per_tensor: bool = False
+    least: CodesSpec | None = None  # the fewest bytes that an open budget may still turn it into
 
     def groups(self, columns: int) -> int:
         """Scales a row has; one where the whole tensor shares a scale."""
@@ -67,6 +71,7 @@ class Terms:
     nonzeros: tuple[int, int] | None = None
     codes: CodesSpec | None = None
     rank: int = 0
+    least_rank: int | None = None  # the lowest that an open budget may still turn `rank` into
     factor_dtype: str = "F16"
     outliers: tuple[int, int] = (0, 0)
     outlier_columns: tuple[int, int] = (0, 0)
@@ -85,12 +90,22 @@ class Terms:
             (self.nonzeros is None or self.nonzeros[0] == self.nonzeros[1])
             and self.outliers[0] == self.outliers[1]
             and self.outlier_columns[0] == self.outlier_columns[1]
+            and (self.codes is None or self.codes.least is None)
+            and self.least_rank is None
         )
 
     def at(self, end: int) -> Terms:
         """The same terms with every open range closed at its low (0) or high (1) end."""
+        codes, rank = self.codes, self.rank
+        if codes is not None and codes.least is not None:
+            codes = codes.least if end == 0 else dataclasses.replace(codes, least=None)
+        if self.least_rank is not None and end == 0:
+            rank = self.least_rank
         return dataclasses.replace(
             self,
+            codes=codes,
+            rank=rank,
+            least_rank=None,
             nonzeros=None if self.nonzeros is None else (self.nonzeros[end],) * 2,
             outliers=(self.outliers[end],) * 2,
             outlier_columns=(self.outlier_columns[end],) * 2,
@@ -109,25 +124,35 @@ class Context:
     statistics: TensorStatistics | None = None
 
 
+def _silent(_what: str, _done: int, _total: int) -> None:
+    """Show nothing."""
+
+
 @dataclass(frozen=True)
 class Outlook:
     """What a pass with a global decision may ask about the whole run before it decides.
 
     source        the checkpoint that is compressed
-    output_bytes  the output's bytes, at most, were this (decided) pass in its place
+    output_bytes  the output's bytes, at least and at most, were this (decided) pass in its place
+    tensor_bytes  the same of each of its targets: name -> bytes of all that is stored for it
+    refusal       why the format cannot hold what this (decided) pass makes, or None
     trial         a checkpoint whose weights are what this (decided) pass and those before it
                   make of them; compress.engines runs either as a model
     statistics    of the calibration, with its inputs, where there was one
     module        FILE.py:FACTORY of a user's own torch module, where that is the model
     workers       threads to use
+    progress      (what, done, in all), for work that takes long
     """
 
     source: Checkpoint
-    output_bytes: Callable[[Pass], int]
+    output_bytes: Callable[[Pass], tuple[int, int]]
+    tensor_bytes: Callable[[Pass], dict[str, tuple[int, int]]]
+    refusal: Callable[[Pass], str | None]
     trial: Callable[[Pass], Checkpoint]
     statistics: Statistics | None = None
     module: str | None = None
     workers: int = 1
+    progress: Callable[[str, int, int], None] = _silent
 
 
 @dataclass(frozen=True)
@@ -154,6 +179,24 @@ class Pass(ABC):
 
     def check_all(self, infos: list[TensorInfo]) -> None:
         """Refuse the targeted tensors together (UsageError), e.g. a floor that cannot be met."""
+
+    def check_outlook(self, outlook: Outlook, infos: list[TensorInfo]) -> None:
+        """Refuse (UsageError) what the headers of the whole run rule out: before any work."""
+
+    def most_bytes(self, outlook: Outlook, infos: list[TensorInfo]) -> int | None:
+        """What a budget that is not shared out holds the output's bytes to, if one does."""
+        return None
+
+    def possible(self, infos: list[TensorInfo]) -> list[Pass]:
+        """Decided forms that show between them all that the format has to hold.
+
+        None where that is known from the terms before the survey.
+        """
+        return []
+
+    def warnings(self, calibrated: bool) -> list[str]:
+        """What a user should hear before the work, in plain words."""
+        return []
 
     @abstractmethod
     def predict(self, info: TensorInfo, terms: Terms) -> Terms:
@@ -207,6 +250,10 @@ class Pass(ABC):
         It is called on the pass as bound to the tensor.
         """
         raise TypeError(f"{self.name} makes no survey")
+
+    def survey_workspace(self, info: TensorInfo) -> int:
+        """Bytes that `survey` needs for a tile of this target beside the tile and its terms."""
+        return 0
 
     def survey_bytes(self, infos: list[TensorInfo]) -> int:
         """Bytes that all sweeps together read, at most; infos are the targets."""

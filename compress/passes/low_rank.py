@@ -6,6 +6,9 @@ only its share: compare with spending the bytes on bits (the report does). With 
 it is the leading part of what E does to the layer's outputs (compress/solvers/metric.py); `auto`
 takes the better of the two on inputs that were kept apart.
 
+With `allocate=global` ranks go to the tensors where a byte removes most of that error, under one
+budget for all (compress/passes/rank_budget.py).
+
 Sums left in `Tensor.notes`:
 
     squared_error       of the decoded matrix, with the factors as they are stored
@@ -20,7 +23,7 @@ Sums left in `Tensor.notes`:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -29,9 +32,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import kernels
-from compress.calibrate.statistics import DIAGONAL, HELD_OUT, SECOND_MOMENT, TensorStatistics
+from compress.calibrate.statistics import (
+    DIAGONAL,
+    HELD_OUT,
+    OUTPUT_FISHER,
+    SECOND_MOMENT,
+    TensorStatistics,
+)
 from compress.errors import InputError, UsageError, show
-from compress.passes.base import Context, Pass, Terms, option, refuse
+from compress.passes import rank_budget
+from compress.passes.base import Context, Outlook, Pass, Terms, option, refuse
 from compress.passes.quantize import SQUARED_ERROR, SQUARED_NORM, Quantize
 from compress.solvers.alternate import Places, Problem, alternate
 from compress.solvers.group_quantizer import working_dtype
@@ -64,7 +74,18 @@ class LowRank(Pass):
 
     rank: int | None = option(None, "rank of the factors (16 unless bpw is given)", low=1)
     bpw: float | None = option(
-        None, "instead of a rank: bits the factors may cost per weight of each tensor", low=0
+        None,
+        "instead of a rank: bits the factors may cost per weight, of each tensor or (allocate="
+        "global) of all together",
+        low=0,
+    )
+    size: int | str | None = option(
+        None, "instead of a rank, with allocate=global: bytes of the whole output, e.g. 12MB"
+    )
+    allocate: str = option(
+        "tensor",
+        "the budget is each tensor's own, or one for all (global): ranks go where they gain most",
+        choices=("tensor", "global"),
     )
     factor_dtype: str = option("fp16", "stored type of the factors", choices=("fp16", "int8"))
     metric: str = option(
@@ -88,20 +109,18 @@ class LowRank(Pass):
     quantizer: Quantize | None = field(default=None)
     base_must_stand: bool = field(default=False)
     statistics: TensorStatistics | None = field(default=None, repr=False, compare=False)
+    # Written by `foresee` and `decide`: the rank by tensor, and what is to be said of them.
+    outlook: Outlook | None = field(default=None, repr=False, compare=False)
+    ranks: Mapping[str, int] | None = field(default=None, repr=False)
+    found: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def validate(self) -> None:
-        """Raises UsageError where both rank and bpw are given, or bpw is 0."""
-        if self.rank is not None and self.bpw is not None:
-            raise UsageError(
-                f"low-rank: rank={self.rank} and bpw={self.bpw:g} exclude each other",
-                hint="give one of them",
-            )
-        if self.bpw is not None and not self.bpw > 0:
-            raise UsageError(f"low-rank: bpw={self.bpw:g} leaves no rank", hint="e.g. bpw=0.5")
+        """Raises UsageError where rank and budgets exclude each other, or bpw is 0."""
+        rank_budget.validate(self)
 
     def check(self, info: TensorInfo) -> None:
         """Raises UsageError for a rank larger than the matrix allows."""
-        _, out_features, in_features = _stack(info)
+        _, out_features, in_features = stack_of(info)
         most = min(out_features, in_features)
         if self.rank_of(info) > most:
             raise refuse(
@@ -126,6 +145,51 @@ class LowRank(Pass):
         kinds = {"plain": set(), "diag": {DIAGONAL}, "full": {SECOND_MOMENT}}
         return frozenset(kinds.get(self.metric, {SECOND_MOMENT, HELD_OUT}))
 
+    @property
+    def welcomes(self) -> frozenset[str]:
+        """What makes errors of different layers' outputs comparable."""
+        weighs = self.allocate == "global" and self.metric != "plain"
+        return frozenset({OUTPUT_FISHER} if weighs else ())
+
+    @property
+    def wants_survey(self) -> bool:
+        """True while a budget of all tensors is not shared out."""
+        return self.allocate == "global" and self.ranks is None
+
+    def surveys_whole(self, info: TensorInfo) -> bool:
+        """True: singular values are those of the whole matrix."""
+        return True
+
+    def survey_workspace(self, info: TensorInfo) -> int:
+        """The error, whitened, and its Gram matrix in both precisions."""
+        rows, columns = info.matrix_shape
+        return self.workspace(info) + 16 * rows * columns + 24 * min(rows, columns) ** 2
+
+    def survey(self, tensor: Tensor) -> dict[str, list[float]]:
+        """What each further rank removes of the error."""
+        return {tensor.info.name: rank_budget.gains(self, tensor)}
+
+    def merge(self, a: dict[str, list[float]], b: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Join those of different tensors."""
+        return a | b
+
+    def check_outlook(self, outlook: Outlook, infos: list[TensorInfo]) -> None:
+        """Raises UsageError for a size below that of the output without factors."""
+        if self.size is not None:
+            rank_budget.check(self, outlook)
+
+    def most_bytes(self, outlook: Outlook, infos: list[TensorInfo]) -> int | None:
+        """What the budget holds the output to."""
+        return rank_budget.most_bytes(self, outlook, infos) if self.wants_survey else None
+
+    def foresee(self, outlook: Outlook) -> LowRank:
+        """With the outlook, which knows sizes."""
+        return dataclasses.replace(self, outlook=outlook)
+
+    def decide(self, statistic: dict[str, list[float]] | None, infos: list[TensorInfo]) -> LowRank:
+        """With a rank for every target. Raises UsageError where the budget cannot be met."""
+        return rank_budget.decide(self, statistic or {}, infos)
+
     def workspace(self, info: TensorInfo) -> int:
         """The second moments, kept for a site and its successor, their root, a whitened error."""
         if not self.needs:
@@ -135,16 +199,26 @@ class LowRank(Pass):
         return moments + 16 * rows * columns
 
     def rank_of(self, info: TensorInfo) -> int:
-        """The rank for one tensor; 0 where not even rank 1 costs at most bpw bits a weight."""
+        """The rank for one tensor, the highest possible while a global budget is open.
+
+        0 where not even rank 1 costs at most bpw bits a weight.
+        """
+        experts, out_features, in_features = stack_of(info)
+        if self.ranks is not None:
+            return self.ranks.get(info.name, 0)
+        if self.wants_survey:
+            return min(out_features, in_features)
         if self.bpw is None:
             return self.rank if self.rank is not None else DEFAULT_RANK
-        _, out_features, in_features = _stack(info)
-        if self.factor_dtype == "int8":  # and one float32 scale for each column and row
-            bits_a_rank = 8 * (out_features + in_features) + 64
-        else:
-            bits_a_rank = 16 * (out_features + in_features)
+        bits_a_rank = 8 * self.bytes_a_rank(info) // max(experts, 1)
         affordable = int(self.bpw * out_features * in_features / bits_a_rank)
         return min(affordable, out_features, in_features)
+
+    def bytes_a_rank(self, info: TensorInfo) -> int:
+        """What one rank of a tensor takes; int8 has one float32 scale a column and row."""
+        experts, out_features, in_features = stack_of(info)
+        wide = 2 * (out_features + in_features)
+        return experts * (wide // 2 + 8 if self.factor_dtype == "int8" else wide)
 
     def predict(self, info: TensorInfo, terms: Terms) -> Terms:
         """The terms with factors; unchanged where there is nothing to repair or the rank is 0."""
@@ -153,7 +227,11 @@ class LowRank(Pass):
             return terms
         passes = terms.passes if self.name in terms.passes else (*terms.passes, self.name)
         return dataclasses.replace(
-            terms, rank=rank, factor_dtype=FACTOR_TAGS[self.factor_dtype], passes=passes
+            terms,
+            rank=rank,
+            least_rank=0 if self.wants_survey else None,
+            factor_dtype=FACTOR_TAGS[self.factor_dtype],
+            passes=passes,
         )
 
     def row_wise(self, info: TensorInfo) -> bool:
@@ -193,7 +271,7 @@ class LowRank(Pass):
         return tensor.with_(codes=best.codes, factors=best.factors, notes=notes)
 
     def _problem(self, tensor: Tensor, rank: int) -> Problem:
-        metrics = self._metrics(tensor.info)
+        metrics = self.metrics_of(tensor.info)
 
         def requantize(matrix: Matrix) -> Codes:
             if self.quantizer is None:
@@ -220,7 +298,7 @@ class LowRank(Pass):
         _, metric, best = min(found, key=lambda one: one[0])
         return best.with_(notes=best.notes | {FULL_METRIC: float(metric == "full")})
 
-    def _metrics(self, info: TensorInfo) -> list[Metric] | None:
+    def metrics_of(self, info: TensorInfo) -> list[Metric] | None:
         """The metric of each block of rows; None for the plain one."""
         if self.metric == "plain":
             return None
@@ -257,7 +335,7 @@ class LowRank(Pass):
         base = tensor.with_(factors=None).decode()
         base_error, norm = _error(source, base)
         np.subtract(source, base, out=base)  # 0 where protected: the base decodes it exactly
-        factors = self.factorise(base, tensor.info, rank, self._metrics(tensor.info))
+        factors = self.factorise(base, tensor.info, rank, self.metrics_of(tensor.info))
         del base
         decoded = tensor.with_(factors=factors).decode()
         notes = tensor.notes | {
@@ -279,10 +357,10 @@ class LowRank(Pass):
         `metrics`, one for each block of rows, say what leads. Fused experts are decomposed one by
         one. Raises InputError where fp16 overflows.
         """
-        experts, out_features, in_features = _stack(info)
+        experts, out_features, in_features = stack_of(info)
         if info.role is not Role.EXPERTS:
             if metrics is not None and len(metrics) > 1:
-                metrics = [_shared(metrics)]
+                metrics = [shared(metrics)]
             metric = None if metrics is None else metrics[0]
             return self._stored(*self._leading(matrix, rank, info.name, metric), info)
         b = np.empty((experts, out_features, rank), np.float32)
@@ -318,9 +396,9 @@ class LowRank(Pass):
         return factors
 
     def facts(self) -> dict[str, Any]:
-        """The limit on what `alternate` may do to the base, where there is one."""
+        """Ranks under a budget; the limit on what `alternate` may do to the base."""
         constrained = self.alternate and self.base_must_stand and not self.needs_adapter
-        return {"base_error_at_most": BASE_STANDS} if constrained else {}
+        return dict(self.found) | ({"base_error_at_most": BASE_STANDS} if constrained else {})
 
 
 def _loss(metrics: list[Metric], error: Matrix) -> float:
@@ -328,13 +406,13 @@ def _loss(metrics: list[Metric], error: Matrix) -> float:
     return sum(metrics[block].loss(error[rows]) for block, rows in blocks)
 
 
-def _shared(metrics: list[Metric]) -> Metric:
+def shared(metrics: list[Metric]) -> Metric:
     """One metric for factors that serve every group of a grouped convolution: their mean."""
     moments = [np.diag(m.root**2) if m.root.ndim == 1 else m.root @ m.root.T for m in metrics]
     return Metric.full(np.mean(moments, axis=0), damping=0.0)
 
 
-def _stack(info: TensorInfo) -> tuple[int, int, int]:
+def stack_of(info: TensorInfo) -> tuple[int, int, int]:
     """(experts, out_features, in_features); one expert for all that is not a stack."""
     rows, columns = info.matrix_shape
     if info.role is Role.EXPERTS and info.shape[:-2]:

@@ -4,6 +4,8 @@ Scales come from kept, unprotected weights alone; a pruned weight gets the code 
 decodes to exactly zero. With `search=mse` the scale of each group is the one with the least
 squared error among shrunk candidates, and never worse than plain rounding's.
 
+With `bpw`, `size` or `max_kl` the widths are chosen by tensor (compress/passes/quantize_budget.py).
+
 With `solver=obs` later columns of a row absorb the rounding (and the pruning) of earlier ones, as
 the second moments of the inputs tell (compress/solvers/obs_sweep.py): the weights' own error rises
 and the outputs' falls.
@@ -20,7 +22,6 @@ Sums left in `Tensor.notes` (additive over the tiles of a tensor, float):
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -36,7 +37,9 @@ from compress.calibrate.statistics import (
 )
 from compress.errors import InputError, UsageError, show
 from compress.kernels.reference import SMALLEST_NORMAL
-from compress.passes.base import CodesSpec, Context, Pass, Terms, option, refuse
+from compress.passes import quantize_budget, quantize_overrides
+from compress.passes.base import CodesSpec, Context, Outlook, Pass, Terms, option, refuse
+from compress.passes.width_losses import Losses, losses
 from compress.patterns import matches_any, require_matches
 from compress.solvers.group_quantizer import CannotQuantize, quantize_matrix, working_dtype
 from compress.solvers.obs_codes import obs_codes, with_dense_outputs
@@ -49,19 +52,6 @@ FLOORED_SCALES = "floored_scales"
 
 SCALE_TAGS = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 PER_CHANNEL, PER_TENSOR = -1, 0
-_OVERRIDABLE = (
-    "bits",
-    "group",
-    "symmetric",
-    "solver",
-    "search",
-    "signed_scale",
-    "scale_dtype",
-    "on_indivisible",
-    "damping",
-    "act_order",
-    "follow",
-)
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     writes: ClassVar[str] = "codes"
 
-    bits: int = option(4, "bits per weight", low=2, high=8)
+    bits: int = option(4, "bits per weight, of all targets unless there is a budget", low=2, high=8)
     group: int = option(
         128,
         "columns that share a scale; -1: one scale per row, 0: one per tensor",
@@ -111,24 +101,59 @@ class Quantize(Pass):
         "of solver=obs: fit the dense outputs for inputs as the compressed layers before give them "
         "(runs the model layer by layer)",
     )
+    bpw: float | None = option(
+        None,
+        "budget: bits per weight of the targets with all that is stored for them; widths by tensor",
+        low=0,
+    )
+    size: int | str | None = option(
+        None, "budget: bytes of the whole output, e.g. 12MB (report and manifest apart)"
+    )
+    max_kl: float | None = option(
+        None,
+        "budget: nats per token that the model may move from the source's predictions, measured",
+        low=0,
+    )
+    widths: tuple[int, ...] = option((2, 3, 4, 5, 6, 8), "of a budget: the widths to choose from")
+    groups: tuple[int, ...] = option((), "of a budget: groups to choose from (else the one group)")
+    fuse: bool = option(
+        True, "of a budget: tensors that engines join into one matrix share their width"
+    )
+    sensitivity: str = option(
+        "auto",
+        "of a budget: what a width costs, as measured on the whole model (kl), by the gradients of "
+        "the outputs (fisher), by the outputs' or the weights' error; auto: the best at hand",
+        choices=("auto", *quantize_budget.SENSITIVITIES),
+    )
     overrides: tuple[Mapping[str, Any], ...] = option(
         (), "other options for some targets: {targets: [...], bits: 8}; the first match wins"
     )
 
     # Written by `bind`.
     statistics: TensorStatistics | None = field(default=None, repr=False, compare=False)
+    # Written by `foresee` and `decide`: (bits, group) by tensor, and what is to be said of them.
+    outlook: Outlook | None = field(default=None, repr=False, compare=False)
+    chosen: Mapping[str, tuple[int, int]] | None = field(default=None, repr=False)
+    found: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def needs(self) -> frozenset[str]:
-        """The inputs' second moments, where any tensor is solved with them."""
+        """Second moments where any tensor is solved with them, and what the budget asks for."""
         solvers = {self.solver, *(o.get("solver") for o in self.overrides)}
-        return frozenset({SECOND_MOMENT}) if "obs" in solvers else frozenset()
+        moments = frozenset({SECOND_MOMENT}) if "obs" in solvers else frozenset()
+        return moments | quantize_budget.needs(self)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether widths are chosen by tensor."""
+        return not (self.bpw is None and self.size is None and self.max_kl is None)
 
     @property
     def welcomes(self) -> frozenset[str]:
-        """The inputs themselves, where any tensor follows the compressed layers before."""
+        """The inputs, where any tensor follows compressed layers; what tells a width's cost."""
         follow = self.follow or any(o.get("follow") for o in self.overrides)
-        return frozenset({INPUTS}) if follow else frozenset()
+        inputs = frozenset({INPUTS}) if follow else frozenset()
+        return inputs | quantize_budget.welcomes(self)
 
     def follows(self, info: TensorInfo) -> bool:
         """Whether a target is fitted to inputs from compressed layers."""
@@ -136,20 +161,21 @@ class Quantize(Pass):
         return me.follow and me.solver == "obs"
 
     def bind(self, info: TensorInfo, earlier: Sequence[Pass], context: Context) -> Quantize:
-        """With the tensor's statistics, where its codes are solved with them."""
-        if self.for_tensor(info).solver != "obs":
+        """With the tensor's statistics, where its codes or the choice of its width need them."""
+        if self.for_tensor(info).solver != "obs" and not self.wants_survey:
             return self
         return dataclasses.replace(self, statistics=context.statistics)
 
     def validate(self) -> None:
-        """Raises UsageError for follow without obs, an override of unknown or illegal options."""
+        """Raises UsageError for follow without obs, illegal overrides, budgets that do not fit."""
         if self.follow and self.solver != "obs":
             raise UsageError(
                 "quantize: follow=true needs solver=obs, which absorbs errors",
                 hint="add solver=obs, or leave follow out",
             )
         for i, override in enumerate(self.overrides):
-            _check_override(f"quantize: overrides[{i}]", override)
+            quantize_overrides.check(type(self), f"quantize: overrides[{i}]", override)
+        quantize_budget.validate(self)
 
     def check(self, info: TensorInfo) -> None:
         """Raises UsageError for an empty tensor or a group that does not divide its columns."""
@@ -159,29 +185,59 @@ class Quantize(Pass):
         if not info.is_float:
             raise refuse(info, f"holds {info.dtype}, not floats", "leave it out with ignore")
         me = self.for_tensor(info)
-        if me.group > 0 and columns % me.group and me.on_indivisible == "error":
-            raise refuse(
-                info,
-                f"its {columns} columns are not a multiple of group={me.group}",
-                _ways_out(columns, me.group),
-            )
+        for group in {g for _, g in self.options_of(info)}:
+            if group > 0 and columns % group and me.on_indivisible == "error":
+                raise refuse(
+                    info,
+                    f"its {columns} columns are not a multiple of group={group}",
+                    _ways_out(columns, group),
+                )
 
     def check_all(self, infos: list[TensorInfo]) -> None:
         """Raises UsageError for an override whose pattern matches none of the pass's targets."""
         for override in self.overrides:
-            require_matches("quantize: override", _patterns(override), infos)
+            require_matches("quantize: override", quantize_overrides.patterns(override), infos)
 
     def for_tensor(self, info: TensorInfo) -> Quantize:
-        """This pass with the first matching override applied and no overrides left."""
+        """This pass with the tensor's override and its width, and no overrides or budget left."""
+        if not self.overrides and not self.budgeted:
+            return self
+        changes = self.override_of(info)
+        if self.budgeted:
+            bits, group = (self.chosen or {}).get(info.name) or self.options_of(info)[-1]
+            changes |= {"bits": bits, "group": group, "bpw": None, "size": None, "max_kl": None}
+        return dataclasses.replace(self, overrides=(), **changes)
+
+    def override_of(self, info: TensorInfo) -> dict[str, Any]:
+        """The options of the first override that matches, by field."""
         for override in self.overrides:
-            if matches_any(_patterns(override), info):
-                changes = {_field_name(k): v for k, v in override.items() if k != "targets"}
-                return dataclasses.replace(self, overrides=(), **changes)
-        return dataclasses.replace(self, overrides=()) if self.overrides else self
+            if matches_any(quantize_overrides.patterns(override), info):
+                return quantize_overrides.changes(type(self), override)
+        return {}
+
+    def options_of(self, info: TensorInfo) -> list[tuple[int, int]]:
+        """(bits, group) that a tensor may get, fewest bytes first; one where it is settled."""
+        own = self.override_of(info)
+        bits, group = own.get("bits", self.bits), own.get("group", self.group)
+        widths = self.widths if self.budgeted and "bits" not in own else (bits,)
+        groups = self.groups if self.budgeted and self.groups and "group" not in own else (group,)
+        return quantize_budget.by_bytes(self, info, [(b, g) for b in widths for g in groups])
+
+    def with_choice(self, info: TensorInfo, choice: tuple[int, int]) -> Quantize:
+        """This pass as it works on a tensor of that (bits, group)."""
+        return dataclasses.replace(self, chosen={info.name: choice}).for_tensor(info)
 
     def spec(self, info: TensorInfo) -> CodesSpec:
         """What the tensor's codes will be, from its header."""
-        me = self.for_tensor(info)
+        spec = self.for_tensor(info)._own_spec(info)
+        if not self.wants_survey:
+            return spec
+        least = self.with_choice(info, self.options_of(info)[0])._own_spec(info)
+        return dataclasses.replace(spec, least=None if least == spec else least)
+
+    def _own_spec(self, info: TensorInfo) -> CodesSpec:
+        """The spec of a pass that is `for_tensor` already."""
+        me = self
         columns = max(info.matrix_shape[1], 1)
         whole_row = me.group <= 0 or me.group >= columns
         if columns % max(me.group, 1) and me.on_indivisible == "channel":
@@ -211,6 +267,61 @@ class Quantize(Pass):
         rows, columns = info.matrix_shape
         return 6 * 4 * columns * columns + 12 * rows * columns
 
+    @property
+    def wants_survey(self) -> bool:
+        """True while a budget is not shared out."""
+        return self.budgeted and self.chosen is None
+
+    def surveys(self, info: TensorInfo) -> bool:
+        """Only tensors whose width is open; none where widths are measured on the whole model."""
+        return self.sensitivity != quantize_budget.KL and len(self.options_of(info)) > 1
+
+    def surveys_whole(self, info: TensorInfo) -> bool:
+        """True: what a width does to the outputs is a figure of the whole matrix."""
+        return True
+
+    def survey_workspace(self, info: TensorInfo) -> int:
+        """Codes, decoded weights, their error; the second moments."""
+        rows, columns = info.matrix_shape
+        return 16 * rows * columns + self.workspace(info)
+
+    def survey(self, tensor: Tensor) -> dict[str, Losses]:
+        """What each width costs, in every measure that is at hand."""
+        return {tensor.info.name: losses(self, tensor)}
+
+    def merge(self, a: dict[str, Losses], b: dict[str, Losses]) -> dict[str, Losses]:
+        """Join those of different tensors."""
+        return a | b
+
+    def check_outlook(self, outlook: Outlook, infos: list[TensorInfo]) -> None:
+        """Raises UsageError for a budget below what the smallest widths take."""
+        if self.budgeted:
+            quantize_budget.check(self, outlook, infos)
+
+    def most_bytes(self, outlook: Outlook, infos: list[TensorInfo]) -> int | None:
+        """What the budget holds the output to, where it is one of bytes."""
+        return quantize_budget.most_bytes(self, outlook, infos) if self.wants_survey else None
+
+    def possible(self, infos: list[TensorInfo]) -> list[Pass]:
+        """Every width everywhere, and unequal ones in sets that engines fuse if they may differ."""
+        return list(quantize_budget.possible(self, infos)) if self.wants_survey else []
+
+    def warnings(self, calibrated: bool) -> list[str]:
+        """That without data nothing is known of what an error does."""
+        return quantize_budget.warnings(self, calibrated) if self.budgeted else []
+
+    def foresee(self, outlook: Outlook) -> Quantize:
+        """With the outlook, which knows sizes and makes models of trials."""
+        return dataclasses.replace(self, outlook=outlook)
+
+    def decide(self, statistic: dict[str, Losses] | None, infos: list[TensorInfo]) -> Quantize:
+        """With a width for every target. Raises UsageError where the budget cannot be met."""
+        return quantize_budget.decide(self, statistic or {}, infos)
+
+    def facts(self) -> dict[str, Any]:
+        """What the budget was spent on."""
+        return dict(self.found)
+
     def apply(self, tensor: Tensor) -> Tensor:
         """Write the codes of one tile.
 
@@ -220,7 +331,7 @@ class Quantize(Pass):
         me = self.for_tensor(tensor.info)
         if me.solver == "obs":
             return me._solve(tensor)
-        spec = self.spec(tensor.info)
+        spec = me._own_spec(tensor.info)
         values = _without_protected(tensor)
         try:
             codes, sums = quantize_matrix(
@@ -252,7 +363,7 @@ class Quantize(Pass):
                 f"quantize: tensor {show(tensor.info.name)}: solver=obs has no statistics",
                 hint="give --text F to calibrate on the way, or --stats F",
             )
-        spec = self.spec(tensor.info)
+        spec = self._own_spec(tensor.info)
         moment, wanted = self.statistics.second_moment(), tensor
         try:
             if self.statistics.has(CROSS_MOMENT):
@@ -285,66 +396,6 @@ class Quantize(Pass):
             FLOORED_SCALES: float(_floored(codes, spec.scale_dtype)),
         }
         return tensor.with_(codes=codes, notes=notes)
-
-
-def _patterns(override: Mapping[str, Any]) -> list[str]:
-    targets = override["targets"]
-    return [targets] if isinstance(targets, str) else list(targets)
-
-
-def _options() -> dict[str, dataclasses.Field[Any]]:
-    """Overridable options by every spelling."""
-    found = {f.name: f for f in dataclasses.fields(Quantize) if f.name in _OVERRIDABLE}
-    aliases = {a: f for f in found.values() for a in f.metadata["aliases"]}
-    return found | aliases
-
-
-def _field_name(key: str) -> str:
-    return _options()[key].name
-
-
-def _check_override(where: str, override: Any) -> None:
-    """Refuse (UsageError) an override with missing targets, unknown keys or illegal values."""
-    if not isinstance(override, Mapping):
-        raise UsageError(f"{where} is not a mapping", hint="write {targets: [...], bits: 8}")
-    targets = override.get("targets")
-    listed = [targets] if isinstance(targets, str) else targets
-    if not isinstance(listed, (list, tuple)) or not listed:
-        raise UsageError(f"{where} has no targets", hint="write {targets: [...], bits: 8}")
-    if not all(isinstance(pattern, str) for pattern in listed):
-        raise UsageError(f"{where}: targets must be patterns", hint="quote them as strings")
-    options = _options()
-    seen: set[str] = set()
-    for key, value in override.items():
-        if key == "targets":
-            continue
-        if key not in options:
-            near = difflib.get_close_matches(str(key), options, n=1)
-            known = "the keys are targets, " + ", ".join(_OVERRIDABLE)
-            hint = f"did you mean '{near[0]}'? {known}" if near else known
-            raise UsageError(f"{where}: unknown key '{show(str(key))}'", hint=hint)
-        name = options[key].name
-        if name in seen:
-            raise UsageError(f"{where}: {name} is given twice", hint="keep one of the spellings")
-        seen.add(name)
-        _check_value(f"{where}: {key}", value, options[key])
-    if not seen:
-        raise UsageError(f"{where} changes nothing", hint="add an option, e.g. bits: 8")
-
-
-def _check_value(where: str, value: Any, field: dataclasses.Field[Any]) -> None:
-    """Refuse (UsageError) a value of the wrong type, out of range, or not among the choices."""
-    kind = type(field.default)
-    if type(value) is not kind:
-        raise UsageError(f"{where} is {show(repr(value))}, not {kind.__name__}", hint=None)
-    low, high, choices = (field.metadata[k] for k in ("low", "high", "choices"))
-    if choices and value not in choices:
-        raise UsageError(
-            f"{where} is {show(repr(value))}", hint="the choices are " + ", ".join(choices)
-        )
-    if (low is not None and value < low) or (high is not None and value > high):
-        limits = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
-        raise UsageError(f"{where} is {value}", hint=f"it must be {limits}")
 
 
 def _ways_out(columns: int, group: int) -> str:
