@@ -1,8 +1,8 @@
 """Quality of low-rank repair and of mixed widths on a small decoder, as ratios inside one run.
 
-    python bench/quality_decoders.py SHARED [--json FILE]
+    COMPRESS_SHARED=DIR python bench/quality_decoders.py [--json FILE]
 
-stories260k of the folder SHARED, calibrated on one text and measured on another: KL divergence of
+stories260k of that folder, calibrated on one text and measured on another: KL divergence of
 the decoded weights' predictions from the source's, a document a sample. All linear weights of the
 blocks, groups of 32 with a short last one, native format. "Plain rounding" has the same width and
 groups, scales from the range. "Uniform" is the tool's own rounding to one width; a mixed budget has
@@ -12,6 +12,7 @@ the uniform result's bytes, scales counted, or (3.50 bits) the mean of those of 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -144,12 +145,12 @@ def _mixed(bench: Bench, solver: str) -> list[Figure]:
 def main() -> None:
     """Measure, print, save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shared", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the matrices are too small to share
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments.shared, Path(folder))
+        shared = os.environ.get("COMPRESS_SHARED", Path(__file__).resolve().parents[2] / "shared")
+        bench = Bench(Path(shared), Path(folder))
         print(f"{bench.tokens:,} tokens")
         figures = measure(bench)
     show(TITLE, figures)

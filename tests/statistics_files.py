@@ -44,12 +44,12 @@ def write_statistics(
     fingerprint: str = "any",
     *,
     fisher: Mapping[str, NDArray[np.float32]] | None = None,
-    ids: NDArray[np.int32] | None = None,
+    given: Mapping[str, NDArray[np.integer]] | None = None,
 ) -> Statistics:
     """A file with second moments of the inputs of each group of tensor names, opened.
 
     fisher  Fisher diagonal of the outputs by tensor
-    ids     token ids that the model was given
+    given   what the model was given: input_ids or images
     """
     arrays, sites = {}, []
     for number, (names, values) in enumerate(inputs.items()):
@@ -62,8 +62,8 @@ def write_statistics(
     for name, values in (fisher or {}).items():
         arrays[f"tensor/{name}/{OUTPUT_FISHER}"] = values
         kinds.add(OUTPUT_FISHER)
-    if ids is not None:
-        arrays["inputs/input_ids"] = ids
+    for name, array in (given or {}).items():
+        arrays[f"inputs/{name}"] = array
         kinds.add(INPUTS)
     record = Record(fingerprint, "hf", tuple(sites), frozenset(kinds))
     save_file(arrays, path, {KEY: record.to_json()})

@@ -66,7 +66,7 @@ def statistics(model: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> S
     }
     ids = rng.integers(3, 96, (2, 24)).astype(np.int32)
     path = tmp_path_factory.mktemp("statistics") / "s.safetensors"
-    return write_statistics(path, inputs, fisher=fisher, ids=ids)
+    return write_statistics(path, inputs, fisher=fisher, given={"input_ids": ids})
 
 
 def decided(
@@ -285,6 +285,7 @@ def test_what_is_refused(folder: Path, model: Checkpoint, statistics: Statistics
         ("bpw=4,widths=[]", "leaves no choice"),
         ("groups=[32]", "no meaning without a budget"),
         ("fuse=false", "no meaning without a budget"),
+        ("max_kl=0.1,solver=obs,follow=true", "follow=true makes other weights"),
     ):
         with pytest.raises(UsageError, match=says):
             parse_pass(Q + word)
@@ -299,10 +300,14 @@ def test_what_is_refused(folder: Path, model: Checkpoint, statistics: Statistics
 def test_tokens_are_needed_to_measure(model: Checkpoint, tmp_path: Path) -> None:
     names = [(i.name,) for i in model.infos() if "proj" in i.name]
     inputs = {n: np.ones((2, model.info(n[0]).shape[1])) for n in names}
-    moments = write_statistics(tmp_path / "s.safetensors", inputs)
-    for word in ("max_kl=0.1", "bpw=4,sensitivity=kl"):
-        with pytest.raises(UsageError, match="there are none in its statistics"):
-            decided(model, Q + word, statistics=moments)
+    images = {"images": np.zeros((1, 2, 2, 3), np.uint8)}
+    for number, (given, says) in enumerate(
+        ((None, "holds no inputs to run"), (images, "there are none in its statistics"))
+    ):
+        moments = write_statistics(tmp_path / str(number), inputs, given=given)
+        for word in ("max_kl=0.1", "bpw=4,sensitivity=kl"):
+            with pytest.raises(UsageError, match=says):
+                decided(model, Q + word, statistics=moments)
 
 
 # ---------------------------------------------------------------- measured on the whole model
