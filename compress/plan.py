@@ -108,7 +108,6 @@ class Plan:
             source=self.checkpoint,
             output_bytes=lambda made: self.decided(index, made).bytes_range,
             tensor_bytes=tensor_bytes,
-            refusal=lambda made: _refusal(self.decided(index, made), self.format),
             trial=lambda made: TrialCheckpoint(self.decided(index, made), last=index),
             statistics=self.statistics,
             module=self.options.module,
@@ -170,10 +169,8 @@ class Plan:
     @cached_property
     def most_bytes(self) -> int:
         """The output's bytes at most, with what budgets that are not shared out hold it to."""
-        limits = [
-            one.most_bytes(self.outlook(index), list(self.members[index]))
-            for index, one in enumerate(self.passes)
-        ]
+        pairs = enumerate(zip(self.passes, self.members, strict=True))
+        limits = [one.most_bytes(self.outlook(n), list(infos)) for n, (one, infos) in pairs]
         return min([self.bytes_range[1], *(limit for limit in limits if limit is not None)])
 
     @property

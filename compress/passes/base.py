@@ -135,7 +135,6 @@ class Outlook:
     source        the checkpoint that is compressed
     output_bytes  the output's bytes, at least and at most, were this (decided) pass in its place
     tensor_bytes  the same of each of its targets: name -> bytes of all that is stored for it
-    refusal       why the format cannot hold what this (decided) pass makes, or None
     trial         a checkpoint whose weights are what this (decided) pass and those before it
                   make of them; compress.engines runs either as a model
     statistics    of the calibration, with its inputs, where there was one
@@ -147,7 +146,6 @@ class Outlook:
     source: Checkpoint
     output_bytes: Callable[[Pass], tuple[int, int]]
     tensor_bytes: Callable[[Pass], dict[str, tuple[int, int]]]
-    refusal: Callable[[Pass], str | None]
     trial: Callable[[Pass], Checkpoint]
     statistics: Statistics | None = None
     module: str | None = None
