@@ -50,6 +50,7 @@ class Point:
     title: str
     chain: str
     peers: tuple[str, ...]
+    format: str = "auto"
 
 
 POINTS = (
@@ -91,6 +92,7 @@ POINTS = (
         "50 % + 4 bits",
         "prune:score=obs quantize:bits=4,group=64,solver=obs,follow=true",
         (f"SparseGPT --bits 4 --group 64 --then gptq {MSE}",),
+        "native",  # which stores a mask and the kept codes, as the peer's figure is counted
     ),
 )
 
@@ -116,7 +118,7 @@ def ours(point: Point, data: Data, scratch: Path, windows: int) -> dict[str, Any
         file = scratch / "stats.safetensors"
         calibrate(draft, inputs, file, Settings(overwrite=True, fsync=False))
         with open_statistics(file) as statistics:
-            plan = make_plan(source, recipe, Options(), statistics)
+            plan = make_plan(source, recipe, Options(point.format), statistics)
             report = run(plan, scratch / "out", RunOptions(overwrite=True, fsync=False))
     seconds = time.perf_counter() - begun
     with open_output(scratch / "out") as output:
