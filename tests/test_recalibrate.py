@@ -370,7 +370,7 @@ def test_the_plan_names_the_pass_and_leaves_the_bytes_as_they_are(case: Case) ->
 def test_a_decoders_gains_are_corrected_block_by_block(shared_dir: Path, tmp_path: Path) -> None:
     model = shared_dir / "models" / "stories260k"
     text = shared_dir / "data" / "stories_calib.txt"
-    words = ["--text", str(text), "--samples", "10", "--length", "32"]
+    words = ["--text", str(text), "--samples", "12", "--length", "64"]
     words += ["quantize:bits=3,group_size=-1", "recalibrate", "--json"]
     done = CliRunner().invoke(cli.app, ["run", str(model), "-o", str(tmp_path / "out"), *words])
     assert done.exit_code == 0, done.output
