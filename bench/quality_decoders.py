@@ -114,7 +114,7 @@ def _mixed(bench: Bench, solver: str) -> list[Figure]:
     for what, options, goal in (
         ("fused sets, groups 32", "", 0.90),
         ("fused sets, groups 16 to 64", ",groups=[16,32,64]", 0.90),
-        ("tensors, groups 32", ",fuse=false", None),
+        ("tensors, groups 32", ",fuse=false", 0.90),
         ("weights alone, groups 32", ",sensitivity=weights", None),
     ):
         plan = bench.plan(f"{word},bpw={size[4] + 1e-9:.9f}{options}")

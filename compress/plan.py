@@ -22,8 +22,9 @@ from compress.checkpoint import config as model_config
 from compress.errors import ResourceError, UsageError, show
 from compress.formats.base import Entry, Format
 from compress.passes.base import NAMED_ROLES, Context, Outlook, Pass, Terms
+from compress.plan_warnings import plan_warnings
 from compress.recipe import Output, Recipe
-from compress.tensor import Role, TensorInfo
+from compress.tensor import TensorInfo
 from compress.tiles import TensorPlan
 from compress.trial import TrialCheckpoint
 
@@ -277,7 +278,7 @@ def make_plan(
     for index, one in enumerate(plan.passes):
         one.check_outlook(plan.outlook(index), list(plan.members[index]))
     calibrated = calibrated or statistics is not None
-    return replace(plan, warnings=(*plan.warnings, *_warnings(plan, calibrated)))
+    return replace(plan, warnings=(*plan.warnings, *plan_warnings(plan, calibrated)))
 
 
 def recipe_yaml(recipe: Recipe) -> bytes:
@@ -339,6 +340,15 @@ def _ordered(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], list[str]]:
             raise UsageError(
                 f"{before.name} before {after.name}: {why}",
                 hint=f"put {after.name} before {before.name}",
+            )
+    for number, one in enumerate(rest):
+        later = next(
+            (p for p in rest[number + 1 :] if p.writes == "factors" and p.wants_survey), None
+        )
+        if getattr(one, "size", None) is not None and later is not None:
+            raise UsageError(
+                f"{one.name}: size={one.size} cannot hold, {later.name} decides after it",  # type: ignore[attr-defined]
+                hint=f"give size= to {later.name}, and bpw= to {one.name}",
             )
     return (*first, *rest), notes
 
@@ -465,36 +475,3 @@ def _refuse_idle_factors(plan: Plan) -> None:
                 f"{one.name}: nothing to repair, no other pass works on its tensors",
                 hint=f"name one before it: compress run MODEL -o OUT quantize {one.name}",
             )
-
-
-def _warnings(plan: Plan, calibrated: bool) -> list[str]:
-    """What a user should hear before the work, in plain words."""
-    found = []
-    for one in plan.passes:
-        found += one.warnings(calibrated)
-        sparsity = getattr(one, "sparsity", None) or 0.0
-        blind = one.writes == "mask" and not one.needs
-        if blind and _is_decoder(plan.checkpoint) and sparsity >= 0.3:
-            found.append(
-                f"magnitude pruning at {sparsity:.0%} hurts large language models "
-                "(published: LLaMA-2-7B at 50 % and 4 bits falls from 56.6 to 47.0 average "
-                "accuracy); score=wanda or obs with --text loses less"
-            )
-    if any(t.terms.rank and t.terms.nonzeros is not None for t in plan.tensors):
-        found.append("the low-rank term fills pruned zeros: the decoded matrices are dense")
-    if ours := [n for n in plan.checkpoint.sidecars if n in formats.OWN_FILES]:
-        found.append(f"the source's own {', '.join(map(show, ours))} gives way to this output's")
-    code = [*plan.checkpoint.code_files]
-    if code:
-        found.append(
-            f"the checkpoint carries code that nothing here runs: {', '.join(map(show, code[:5]))}"
-        )
-    return found
-
-
-def _is_decoder(checkpoint: Checkpoint) -> bool:
-    """Whether the model generates text, by its config's class or by a head."""
-    classes = (checkpoint.config or {}).get("architectures") or []
-    words = ("CausalLM", "LMHead", "ConditionalGeneration")
-    named = any(word in str(name) for name in classes for word in words)
-    return named or any(i.role is Role.HEAD for i in checkpoint.infos())

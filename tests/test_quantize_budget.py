@@ -434,7 +434,7 @@ def test_both_budgets_in_one_chain(model: Checkpoint, statistics: Statistics) ->
     recipe = Recipe(tuple(map(parse_pass, chain)), output=Output("native"))
     bounds = make_plan(model, recipe, Options(jobs=1), statistics).bytes_range
     assert bounds[0] < plan.bytes_range[0] < bounds[1]
-    with pytest.raises(UsageError, match="below the minimum"):
+    with pytest.raises(UsageError, match="low-rank decides after it"):
         decided(model, f"{Q}size=100kB", chain[1], statistics=statistics)
 
 
