@@ -43,7 +43,7 @@ class Row:
     plain: str = ""
 
 
-OBS = "solver=obs,follow=true"
+OBS = "solver=obs,act_order=true,follow=true"
 ROWS = (
     Row("3 bits", "quantize:bits=3,group=64", None),
     Row("3 bits, calibrated", f"quantize:bits=3,group=64,{OBS}", 81.9, "plain 81.34"),

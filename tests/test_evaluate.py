@@ -471,7 +471,7 @@ def test_bad_data_is_refused(model: Path, ids: Path, tmp_path: Path, shared_dir:
     np.save(many, np.full((2, 8), 96))
     for arguments, words, code in (
         ((real, "--text", text), "one sample of 512 needs", 2),
-        ((real, "--text", tmp_path / "none.txt"), "cannot read", 6),
+        ((real, "--text", tmp_path / "none.txt"), "cannot read", 2),
         ((model, "--text", text), "no tokenizer", 3),
         ((model, "--ids", many), "out of the model's vocabulary of 96", 3),
         ((model, "--ids", ids, "--reference", real), "of 512", 2),
