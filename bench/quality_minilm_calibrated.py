@@ -47,6 +47,7 @@ OBS = "solver=obs,act_order=true,follow=true"
 ROWS = (
     Row("3 bits", "quantize:bits=3,group=64", None),
     Row("3 bits, calibrated", f"quantize:bits=3,group=64,{OBS}", 81.9, "plain 81.34"),
+    Row("3 bits, calibrated, recalibrate", f"quantize:bits=3,group=64,{OBS} recalibrate"),
     Row("2 bits, calibrated", f"quantize:bits=2,group=64,{OBS}", 81.0, "plain 58.28; <= 3.0 bits"),
     Row("50 % + 4 bits", "prune:sparsity=0.5 quantize:bits=4,group=64", None),
     Row(

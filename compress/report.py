@@ -162,19 +162,26 @@ def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
     """The report as a table: the tensors with the largest error, the totals, the verdict."""
     body, totals = report.body, report.body["totals"]
     changed = [r for r in body["tensors"] if r["changed"]]
+    # Where calibration knows the inputs, what happens to the outputs is what counts.
+    by_outputs = bool(changed) and all(r["output_error"] is not None for r in changed)
+    error, plain = (
+        ("output_error", "plain_output_error")
+        if by_outputs
+        else ("relative_error", "plain_relative_error")
+    )
     table = Table(title=None, box=None, pad_edge=False, header_style="bold")
     table.add_column("tensor", overflow="ellipsis", no_wrap=True, ratio=1)
-    for heading in ("bytes", "bits/w", "zeros", "error", "plain"):
+    for heading in ("bytes", "bits/w", "zeros", "out err" if by_outputs else "error", "plain"):
         table.add_column(heading, justify="right", no_wrap=True)
-    worst = sorted(changed, key=lambda r: -r["relative_error"])[:limit]
+    worst = sorted(changed, key=lambda r: -r[error])[:limit]
     for r in worst:
         table.add_row(
             Text(show(r["name"], 48)),
             human(r["bytes_after"]),
             f"{r['bits_per_weight']:.2f}",
             f"{r['sparsity']:.0%}",
-            f"{r['relative_error']:.4f}",
-            "-" if r["plain_relative_error"] is None else f"{r['plain_relative_error']:.4f}",
+            f"{r[error]:.4f}",
+            "-" if r[plain] is None else f"{r[plain]:.4f}",
         )
     if changed:
         shown = "all" if len(worst) == len(changed) else f"the {len(worst)} largest errors of"
