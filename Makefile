@@ -17,7 +17,7 @@ help:
 	@echo "make tsan    the kernel tests with ThreadSanitizer (GCC)"
 	@echo "make cross   the kernel tests on NEON (QEMU) and emulated AVX-512 (SIMDe)"
 	@echo "make bench   speed, as ratios beside their goals (needs 6 GB of disk)"
-	@echo "make bench-quality  the quality of recipes on a real encoder"
+	@echo "make bench-quality  quality beside its goals and beside the peers (3 GB of disk, half an hour)"
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
 	@echo "make soak    1000 kills"
 	@echo "make cuda    the CUDA kernels, into compress/kernels (needs nvcc)"
@@ -86,9 +86,10 @@ bench: .venv/installed
 	$(BIN)/python bench/runtime.py --json $(FIGURES)
 	$(BIN)/python bench/goals.py $(FIGURES)
 
-# The quality of recipes on a real encoder.
+# The peers run in environments of their own (2.7 GB); then every figure of quality beside its goal.
 bench-quality: .venv/installed
-	$(BIN)/python bench/quality_minilm.py
+	$(BIN)/python bench/peers/environments.py --to build/peers
+	$(BIN)/python bench/quality.py --json build/quality.json
 
 large: .venv/installed
 	$(BIN)/python bench/large.py
