@@ -108,6 +108,8 @@ def _fill(
     shards = _write_shards(plan, layout, stage, state, progress)
     files = {shard.name: one.record for shard, one in zip(layout.shards, shards, strict=True)}
     rows = [row for one in shards for row in one.rows]
+    if plan.following is not None:
+        plan.following.close()
     for part in layout.parts:
         files[part.name] = join(part, [one.shares for one in shards], stage)
     plan.checkpoint.check_unchanged()
