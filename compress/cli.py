@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ from compress import __version__, evaluation_commands
 from compress.calibrate.on_the_way import CalibrateOn
 from compress.calibrate_command import calibrate
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
-from compress.evaluate.on_the_way import EvaluateOn, prepared
+from compress.evaluate.on_the_way import EvaluateOn
 from compress.options import (
     CalibrateDocuments,
     CalibrateIds,
@@ -34,6 +34,7 @@ from compress.options import (
     ReportFile,
     StatsFile,
 )  # fmt: skip
+from compress.run_command import job_of, options_of, plan_job, run_job, run_one
 from compress.terminal import (
     console,
     emit,
@@ -42,11 +43,6 @@ from compress.terminal import (
     progress_bar,
     stream,
 )
-
-if TYPE_CHECKING:
-    from compress.plan import Options, Plan
-    from compress.recipe import Recipe
-
 
 limit_threads()
 
@@ -149,12 +145,12 @@ def run(
     """Compress a checkpoint: the main job."""
     if out is None:
         raise UsageError("no output directory given", hint="add -o OUT")
-    model, job = _job(words or [], recipe, seed)
-    _run(
+    model, job = job_of(words or [], recipe, seed)
+    run_job(
         model,
         job,
         out,
-        options=_options(format, untouched, jobs, memory, max_shard_size),
+        options=options_of(format, untouched, jobs, memory, max_shard_size),
         fail_if=fail_if or [],
         report=report,
         overwrite=overwrite,
@@ -181,24 +177,17 @@ def plan(
     survey: Annotated[
         bool, typer.Option("--survey", help="Read the weights once, for exact bytes.")
     ] = False,
+    stats: StatsFile = None,
     allow_pickle: Pickle = False,
     max_shard_size: Shard = "5GB",
     json: Json = False,
 ) -> None:
     """Say what `run` would do: bytes, memory, disk, reads. Writes nothing."""
-    from compress import survey as surveys
-    from compress.checkpoint import open_checkpoint
-    from compress.plan import make_plan
-    from compress.show_plan import plan_body, print_plan
+    from compress.show_plan import print_plan
 
-    model, job = _job(words or [], recipe, seed)
-    options = _options(format, untouched, jobs, memory, max_shard_size)
-    with open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint:
-        made = make_plan(checkpoint, job, options)
-        if survey:
-            with progress_bar() as progress:
-                made = surveys.decide_all(made, progress)
-        body = plan_body(made)
+    model, job = job_of(words or [], recipe, seed)
+    options = options_of(format, untouched, jobs, memory, max_shard_size)
+    body = plan_job(model, job, options, stats=stats, survey=survey, allow_pickle=allow_pickle)
     emit(body, json, lambda: print_plan(body, console()))
 
 
@@ -370,148 +359,19 @@ def main() -> None:
         _fail(CompressError(message, hint="COMPRESS_DEBUG=1 shows where; please report it"))
 
 
-def _job(words: list[str], recipe_file: Path | None, seed: int | None) -> tuple[Path, Recipe]:
-    """MODEL and the recipe, from words or a file."""
-    from dataclasses import replace
-
-    from compress.recipe import Recipe, parse_pass, read_recipe
-
-    if recipe_file is not None:
-        job = read_recipe(recipe_file)
-        if len(words) > 1:
-            raise UsageError(
-                f"{show(words[1])}: with --recipe the one argument is MODEL",
-                hint="put the passes in the recipe",
-            )
-        model = words[0] if words else job.model
-        if model is None:
-            raise UsageError("no model given", hint="name it, or put `model:` in the recipe")
-    else:
-        if not words:
-            raise UsageError("no model given", hint="compress run MODEL -o OUT PASS...")
-        model = words[0]
-        job = Recipe(passes=tuple(parse_pass(word) for word in words[1:]))
-    return Path(model), job if seed is None else replace(job, seed=seed)
-
-
-def _options(
-    format: str | None, untouched: str | None, jobs: int, memory: str, shard: str
-) -> Options:
-    from compress.plan import Options
-    from compress.recipe import FORMATS, UNTOUCHED
-    from compress.sizes import parse_size
-
-    for flag, value, known in (
-        ("--format", format, FORMATS),
-        ("--untouched", untouched, UNTOUCHED),
-    ):
-        if value is not None and value not in known:
-            raise UsageError(f"{flag} {show(value)}: unknown", hint=f"one of {', '.join(known)}")
-    return Options(
-        format=format,
-        untouched=untouched,
-        jobs=jobs,
-        memory=parse_size("--memory", memory, least=1 << 20),
-        max_shard_bytes=parse_size("--max-shard-size", shard, least=1 << 20),
-    )
-
-
-def _run(
-    model: Path,
-    job: Recipe,
-    out: Path,
-    *,
-    options: Options,
-    fail_if: list[str],
-    report: Path | None,
-    overwrite: bool,
-    resume: bool,
-    allow_pickle: bool,
-    fsync: bool,
-    content_hash: bool,
-    json: bool,
-    calibrate_on: CalibrateOn,
-    evaluate_on: EvaluateOn,
-    module: str | None = None,
-) -> None:
-    from dataclasses import replace
-
-    from compress.calibrate.on_the_way import statistics_for
-    from compress.checkpoint import open_checkpoint
-    from compress.checkpoint.destination import check_out
-    from compress.evaluate.metrics import require
-    from compress.plan import make_plan
-    from compress.recipe import Gate
-    from compress.report import print_report
-    from compress.run import RunOptions
-    from compress.run import run as run_plan
-
-    job = replace(job, gates=(*job.gates, *(Gate.parse(text) for text in fail_if)))
-    request = evaluate_on.request()
-    kind = None if request is None else request.kind
-    require(job.gates, kind, reference=True, report=True)
-    options = replace(options, module=module)
-    check_out(Path(os.path.abspath(out)), overwrite=overwrite)
-    calibrate_on.check()
-    with (
-        open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint,
-        progress_bar() as progress,
-    ):
-        draft: Plan = make_plan(checkpoint, job, options, calibrated=calibrate_on.is_given)
-        evaluation = prepared(checkpoint, request, options)
-        with statistics_for(
-            draft, calibrate_on, out, resume=resume, fsync=fsync, progress=progress
-        ) as known:
-            made = make_plan(checkpoint, job, options, known.statistics)
-            made = replace(made, warnings=(*made.warnings, *known.warnings))
-            for warning in made.warnings:
-                if json:
-                    typer.echo(f"warning: {warning}", err=True)
-            settings = RunOptions(
-                overwrite, resume, fsync, report, content_hash, job.gates, evaluation
-            )
-            result = run_plan(made, out, settings, progress)
-    emit(result.body, json, lambda: print_report(result, console()), raw=result.to_json)
-
-
 def _register_one_pass_commands(arguments: list[str]) -> None:
     """Add the four one-pass commands; only the one that is called loads its options."""
     for name, text in ONE_PASS.items():
         if name in arguments[:1]:
             from compress.pass_command import make_command
 
-            app.command(name, help=text)(make_command(name, _run_one))
+            app.command(name, help=text)(make_command(name, run_one))
         else:
 
             def stub() -> None:
                 """Replaced when the command is called."""
 
             app.command(name, help=text)(stub)
-
-
-def _run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
-    from compress.pass_command import CALIBRATION, EVALUATION
-    from compress.recipe import Recipe
-
-    _run(
-        model,
-        Recipe(passes=(one,), seed=common["seed"] or 0),
-        common["out"],
-        options=_options(
-            common["format"], common["untouched"], common["jobs"], common["memory"], "5GB"
-        ),
-        fail_if=common["fail_if"] or [],
-        report=common["report"],
-        overwrite=common["overwrite"],
-        resume=common["resume"],
-        allow_pickle=common["allow_pickle"],
-        fsync=not common["no_fsync"],
-        content_hash=False,
-        calibrate_on=CalibrateOn(**{key: common[key] for key in CALIBRATION}),
-        module=common["module"],
-        evaluate_on=EvaluateOn(*(common[key] for key in EVALUATION)),
-        json=common["json"],
-    )
 
 
 def _catch_signals() -> None:

@@ -91,3 +91,12 @@ def test_data_that_no_pass_wants_is_said_to_be_idle(
         "--text", text, "-o", tmp_path / "out",
     )  # fmt: skip
     assert any("no pass of the recipe makes use" in warning for warning in body["warnings"])
+
+
+def test_a_plan_needs_no_data(model: Path) -> None:
+    body = tool_json("plan", model, PASS)
+    assert body["exact"]
+    assert any("a run needs a calibration (second_moment)" in note for note in body["notes"])
+    surveyed = tool("plan", model, f"{PASS},bpw=3.5", "--survey")
+    assert surveyed.returncode == 2
+    assert "needs statistics" in surveyed.stderr
