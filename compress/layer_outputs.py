@@ -25,13 +25,14 @@ class OutputSums:
 
     squared_error: float = 0.0
     squared_norm: float = 0.0
-    plain_squared_error: float = 0.0
+    plain_squared_error: float | None = 0.0  # None: there is no such rounding
 
     def add(self, other: OutputSums) -> None:
         """Fold in the next tile."""
         self.squared_error += other.squared_error
         self.squared_norm += other.squared_norm
-        self.plain_squared_error += other.plain_squared_error
+        plain = self.plain_squared_error, other.plain_squared_error
+        self.plain_squared_error = None if None in plain else sum(p for p in plain if p)
 
 
 def moment_of(statistics: TensorStatistics | None, tensor: Tensor) -> Matrix | None:
@@ -71,7 +72,7 @@ def measure_outputs(
     step = max(1, rows * columns // _SAMPLE_WEIGHTS) if moment.shape[0] == 1 else 1
     some = source[:: min(step, max(rows, 1))].astype(np.float32)
     error = decoded[:: min(step, max(rows, 1))] - some
-    plain_error = 0.0
+    plain_error: float | None = None
     if plain is not None and not plain.per_tensor:
         try:
             codes, _ = quantize_matrix(some, None, plain, search=search)

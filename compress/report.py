@@ -95,10 +95,10 @@ def row(plan: Plan, tensor: TensorPlan, sums: Sums) -> dict[str, Any]:
     }
 
 
-def _outputs(sums: Sums, squared_error: float) -> float | None:
+def _outputs(sums: Sums, squared_error: float | None) -> float | None:
     """Relative error of the layer's outputs, where calibration knows its inputs."""
     norm = sums.outputs.squared_norm
-    return _ratio(squared_error, norm) if norm > 0 else None
+    return _ratio(squared_error, norm) if norm > 0 and squared_error is not None else None
 
 
 def build(

@@ -177,35 +177,41 @@ def _compare_with_plain(plan: Plan, tile: Tile, tensor: Tensor, sums: Sums) -> N
     """What plain rounding at the same bytes would have cost."""
     terms = tile.tensor.terms
     codes = terms.codes
-    moment = moment_of(plan.statistics_of(tensor.info), tensor)
-    if moment is not None:
-        sums.outputs = measure_outputs(_kernel_ready(tensor), tensor.decode(), moment, codes)
     if codes is not None and terms.nonzeros is None and terms.rank == 0:
         sums.plain_squared_error = tensor.notes.get(PLAIN_SQUARED_ERROR, 0.0)
         sums.plain_squared_norm = sums.squared_norm
         sums.plain = f"{codes.bits} bits, group {codes.group_size}, no search"
+        _measure_outputs(plan, tensor, sums, codes)
         return
     specs = plan.format.layout(tensor.info, terms)
     nbytes = sum(nbytes_of(s.dtype, s.shape) for s in specs)
-    if nbytes >= tensor.info.nbytes:
-        return  # nothing was saved: plain storage costs no error at all
+    if nbytes >= tensor.info.nbytes:  # nothing was saved: plain storage costs no error at all
+        _measure_outputs(plan, tensor, sums)
+        return
     other = baseline.same_bytes(
         _kernel_ready(tensor),
         budget_bits_per_weight=8 * nbytes / tensor.info.size,
         group_size=codes.group_size if codes is not None else 64,
     )
     if other is None:
+        _measure_outputs(plan, tensor, sums)
         return
     sums.plain_squared_error = other.squared_error
     sums.plain_squared_norm = other.squared_norm
-    if moment is not None:
-        columns = other.group_size if other.group_size > 0 else tensor.source.shape[1]
-        best = CodesSpec(other.bits, columns, True, "F16")
-        sums.outputs = measure_outputs(
-            _kernel_ready(tensor), tensor.decode(), moment, best, search="mse"
-        )
+    columns = other.group_size if other.group_size > 0 else tensor.source.shape[1]
+    _measure_outputs(plan, tensor, sums, CodesSpec(other.bits, columns, True, "F16"), search="mse")
     group = "a row" if other.group_size < 0 else f"group {other.group_size}"
     sums.plain = f"{other.bits} bits, {group}, searched scales"
+
+
+def _measure_outputs(
+    plan: Plan, tensor: Tensor, sums: Sums, rounding: CodesSpec | None = None, search: str = "none"
+) -> None:
+    """What the layer's outputs lose, beside plain rounding, where calibration knows its inputs."""
+    moment = moment_of(plan.statistics_of(tensor.info), tensor)
+    if moment is not None:
+        source, decoded = _kernel_ready(tensor), tensor.decode()
+        sums.outputs = measure_outputs(source, decoded, moment, rounding, search=search)
 
 
 def _kernel_ready(tensor: Tensor) -> Any:

@@ -138,10 +138,12 @@ class Quantize(Pass):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Second moments where any tensor is solved with them, and what the budget asks for."""
+        """Second moments to solve with, the inputs to follow, and what the budget asks for."""
         solvers = {self.solver, *(o.get("solver") for o in self.overrides)}
         moments = frozenset({SECOND_MOMENT}) if "obs" in solvers else frozenset()
-        return moments | quantize_budget.needs(self)
+        follow = self.follow or any(o.get("follow") for o in self.overrides)
+        inputs = frozenset({INPUTS}) if follow else frozenset()
+        return moments | inputs | quantize_budget.needs(self)
 
     @property
     def budgeted(self) -> bool:
@@ -150,10 +152,8 @@ class Quantize(Pass):
 
     @property
     def welcomes(self) -> frozenset[str]:
-        """The inputs, where any tensor follows compressed layers; what tells a width's cost."""
-        follow = self.follow or any(o.get("follow") for o in self.overrides)
-        inputs = frozenset({INPUTS}) if follow else frozenset()
-        return inputs | quantize_budget.welcomes(self)
+        """What tells a width's cost."""
+        return quantize_budget.welcomes(self)
 
     def follows(self, info: TensorInfo) -> bool:
         """Whether a target is fitted to inputs from compressed layers."""
