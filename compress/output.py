@@ -105,7 +105,17 @@ class CompressedCheckpoint(Checkpoint):
         entry = self.entries.get(name)
         if entry is None:
             return Tensor(info, info.to_matrix(self.read(info)))
-        return self.format.unpack(entry, self._fetch)
+        return self.format.unpack(entry, self.fetch)
+
+    def stored_array(self, part: str, name: str) -> TensorInfo:
+        """Where one of the arrays that `format.layout` names lies; `file` is relative to OUT.
+
+        Raises UsageError if there is none.
+        """
+        from compress.layout import PART_FILES
+
+        found = self._parts[part].info(name)
+        return found if part == MODEL else replace(found, file=PART_FILES[part])
 
     def info(self, name: str) -> TensorInfo:
         """The original tensor called `name`. Raises UsageError if there is none."""
@@ -138,7 +148,8 @@ class CompressedCheckpoint(Checkpoint):
             digest.update(f"{name} {of(part)}\n".encode())
         return digest.hexdigest()
 
-    def _fetch(self, part: str, name: str) -> Array:
+    def fetch(self, part: str, name: str) -> Array:
+        """A stored array, whole. Raises UsageError if there is none."""
         checkpoint = self._parts[part]
         return checkpoint.read(checkpoint.info(name))
 

@@ -20,7 +20,7 @@ from compress.passes.base import Pass, option_fields
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 32
-FORMATS = ("auto", "compressed-tensors", "native", "dense")
+FORMATS = ("auto", "compressed-tensors", "native", "onnx", "dense")
 UNTOUCHED = ("keep", "bf16", "fp16")
 GATE_METRICS = tuple(METRICS)
 _COMPARISONS = {">": operator.gt, "<": operator.lt}

@@ -36,7 +36,7 @@ from compress.tensor import (
     TensorInfo,
 )
 
-NATIVE = formats.get("native")
+NATIVE, ONNX = formats.get("native"), formats.get("onnx")
 ENGINE = formats.get("compressed-tensors")
 DENSE = formats.get("dense")
 
@@ -213,10 +213,10 @@ def draw_factors(tag: str, info: TensorInfo, rng: np.random.Generator) -> tuple[
 
 
 @settings(max_examples=150, deadline=None)
-@given(native_cases())
-def test_native_holds_every_combination_of_terms(case: tuple[Tensor, Terms]) -> None:
+@given(native_cases(), st.sampled_from([NATIVE, ONNX]))
+def test_every_combination_of_terms_is_held(case: tuple[Tensor, Terms], fmt: Format) -> None:
     tensor, terms = case
-    back, _ = pack_and_unpack(NATIVE, tensor, terms)
+    back, _ = pack_and_unpack(fmt, tensor, terms)
     assert back.decode().tobytes() == tensor.decode().tobytes()
     assert plain(back).tobytes() == plain(tensor).tobytes()
     if tensor.codes is not None and back.codes is not None:
@@ -230,16 +230,17 @@ def test_native_holds_every_combination_of_terms(case: tuple[Tensor, Terms]) -> 
     symmetric=st.booleans(),
     per_tensor=st.booleans(),
     tile_rows=st.integers(1, 9),
+    fmt=st.sampled_from([NATIVE, ONNX]),
 )
-def test_native_tiles_join_to_the_whole(
-    bits: int, columns: int, symmetric: bool, per_tensor: bool, tile_rows: int
+def test_tiles_join_to_the_whole(
+    bits: int, columns: int, symmetric: bool, per_tensor: bool, tile_rows: int, fmt: Format
 ) -> None:
     info = make_info((9, columns))
     spec = CodesSpec(bits, min(16, columns), symmetric, "F16", per_tensor)
     source, codes = quantize(info, spec)
     tensor, terms = Tensor(info, source, codes=codes), Terms(codes=spec)
-    _, whole = pack_and_unpack(NATIVE, tensor, terms)
-    _, tiled = pack_and_unpack(NATIVE, tensor, terms, tile_rows=tile_rows)
+    _, whole = pack_and_unpack(fmt, tensor, terms)
+    _, tiled = pack_and_unpack(fmt, tensor, terms, tile_rows=tile_rows)
     for key, array in whole.items():
         assert np.array_equal(array, tiled[key]), key
 

@@ -1,14 +1,15 @@
-"""A skeleton: an ONNX graph whose weights are names of a checkpoint's tensors, without their data.
+"""A skeleton: an ONNX graph whose weights are names of a checkpoint's tensors, without data.
 
-Two front ends make one: the reader of .onnx files (compress/checkpoint/onnx_file.py) and the capture
-of a torch model (compress/export_onnx/capture.py). One back end, compress/export_onnx/lowering.py,
-puts operators in the place of the nodes that read compressed weights, and makes every other weight
-point into the weight file. An output that was made from an .onnx file keeps the skeleton of it as
-`graph.onnx`.
+Two front ends make one: the reader of .onnx files (compress/checkpoint/onnx_file.py) and the
+capture of a torch model (compress/export_onnx/capture.py). One back end,
+compress/export_onnx/lowering.py, puts operators in the place of the nodes that read compressed
+weights, and makes every other weight point into the weight file. An output that was made from an
+.onnx file keeps the skeleton of it as `graph.onnx`.
 
 A weight is an initializer called as the tensor is, with the shape and the data type that the graph
-wants, and with external data at the location `WEIGHTS`. What is small and no tensor of the checkpoint
-stays in the graph as it is. A captured graph has one operator of its own, in the domain `DOMAIN`:
+wants, and with external data at the location `WEIGHTS`. What is small and no tensor of the
+checkpoint stays in the graph as it is. A captured graph has one operator of its own, in the domain
+`DOMAIN`, whose attribute `transposed` says that W is [in, out]:
 
     Linear(x [..., in], W [out, in], bias [out]?) -> [..., out]
 """

@@ -1,4 +1,4 @@
-"""Streams safetensors files into a stage: header first, every byte hashed on its way."""
+"""Streams files into a stage: sizes known before the first byte, every byte hashed on its way."""
 
 from __future__ import annotations
 
@@ -19,19 +19,10 @@ _WRITEBACK_BYTES = 64 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 
 
-class SafetensorsWriter:
-    """Streams one safetensors file whose header is known before the first byte of data.
+class StageWriter:
+    """Streams one file of `expected` bytes."""
 
-    `specs` are (name, dtype tag, shape) in the order of the data. Every byte is hashed on its way.
-    """
-
-    def __init__(
-        self,
-        stage: Stage,
-        name: str,
-        specs: Sequence[tuple[str, str, tuple[int, ...]]],
-        metadata: Mapping[str, str],
-    ) -> None:
+    def __init__(self, stage: Stage, name: str, expected: int) -> None:
         self._stage = stage
         self._target = stage.path / name
         self._target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,10 +30,8 @@ class SafetensorsWriter:
         self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115  closed by finish
         self._digest = hashlib.sha256()
         self._written = self._sent = 0
-        header = header_bytes(specs, metadata)
-        self._expected = len(header) + sum(nbytes_of(dtype, shape) for _, dtype, shape in specs)
+        self._expected = expected
         _reserve(self._file.fileno(), self._expected)
-        self.write(header)
 
     def write(self, data: Any) -> None:
         """Append bytes (any C-contiguous buffer)."""
@@ -70,6 +59,25 @@ class SafetensorsWriter:
     def close(self) -> None:
         """Close without finishing (after an error)."""
         self._file.close()
+
+
+class SafetensorsWriter(StageWriter):
+    """Streams one safetensors file whose header is known before the first byte of data.
+
+    `specs` are (name, dtype tag, shape) in the order of the data.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        name: str,
+        specs: Sequence[tuple[str, str, tuple[int, ...]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        header = header_bytes(specs, metadata)
+        data = sum(nbytes_of(dtype, shape) for _, dtype, shape in specs)
+        super().__init__(stage, name, len(header) + data)
+        self.write(header)
 
 
 def nbytes_of(dtype: str, shape: Iterable[int]) -> int:

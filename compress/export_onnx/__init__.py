@@ -1,1 +1,1 @@
-"""ONNX out: a graph whose weights are names becomes one that reads the output's own weight files."""
+"""ONNX out: a graph whose weights are names becomes one that reads the output's own files."""

@@ -13,10 +13,11 @@ from compress.formats.base import ArraySpec, Entry, Format
 from compress.formats.compressed_tensors import CompressedTensors
 from compress.formats.dense import Dense
 from compress.formats.native import Native
+from compress.formats.onnx import Onnx
 from compress.passes.base import Terms
 from compress.tensor import TensorInfo
 
-FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Native(), Dense())}
+FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Native(), Onnx(), Dense())}
 
 NAMES = tuple(FORMATS)
 

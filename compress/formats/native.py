@@ -30,8 +30,9 @@ from compress.formats.arrays import (
     zero_codes,
 )
 from compress.formats.base import MODEL, ArraySpec, Entry, Fetch, Format, Named
+from compress.formats.factors import factors_layout, pack_factors, unpack_factors
 from compress.passes.base import CodesSpec, Terms
-from compress.tensor import DTYPES, Array, Codes, Factors, Role, Tensor, TensorInfo
+from compress.tensor import DTYPES, Array, Codes, Tensor, TensorInfo
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -88,7 +89,7 @@ class Native(Format):
         specs = _entries_layout(info, terms)
         if terms.codes is not None:
             specs += _scale_layout(info, terms.codes)
-        specs += _factors_layout(info, terms)
+        specs += factors_layout(info, terms)
         return specs + super_weight_layout(info, terms)
 
     def pack(self, tensor: Tensor, terms: Terms) -> Named:
@@ -99,7 +100,7 @@ class Native(Format):
         else:
             _pack_values(tensor, terms, named)
         if tensor.factors is not None:
-            _pack_factors(tensor.info.name, tensor.factors, named)
+            pack_factors(tensor.info.name, tensor.factors, named)
         return named | pack_super_weights(tensor)
 
     def unpack(self, entry: Entry, fetch: Fetch) -> Tensor:
@@ -119,7 +120,7 @@ class Native(Format):
             source,
             mask=mask,
             codes=codes,
-            factors=_unpack_factors(info, terms, fetch),
+            factors=unpack_factors(info, terms, fetch),
             outliers=unpack_super_weights(info, terms, fetch, in_scale=False),
         )
 
@@ -199,26 +200,6 @@ def _scale_shape(info: TensorInfo, codes: CodesSpec) -> tuple[int, int]:
     return (1, 1) if codes.per_tensor else (rows, codes.groups(columns))
 
 
-def _factors_layout(info: TensorInfo, terms: Terms) -> list[ArraySpec]:
-    if not terms.rank:
-        return []
-    stack: tuple[int, ...] = ()
-    rows, columns = info.matrix_shape
-    if info.role is Role.EXPERTS:
-        stack, rows = (info.shape[0],), rows // max(info.shape[0], 1)
-    rank, dtype, name = terms.rank, terms.factor_dtype, info.name
-    specs = [
-        ArraySpec(MODEL, f"{name}.factor_b", dtype, (*stack, rows, rank)),
-        ArraySpec(MODEL, f"{name}.factor_a", dtype, (*stack, rank, columns)),
-    ]
-    if dtype == "I8":
-        specs += [
-            ArraySpec(MODEL, f"{name}.factor_b_scale", "F32", (*stack, rank)),
-            ArraySpec(MODEL, f"{name}.factor_a_scale", "F32", (*stack, rank)),
-        ]
-    return specs
-
-
 # -- pack ------------------------------------------------------------------------------------
 
 
@@ -273,14 +254,6 @@ def _compress(values: Array, mask: NDArray[np.bool_]) -> tuple[NDArray[np.uint8]
     return bitmask, kept
 
 
-def _pack_factors(name: str, factors: Factors, named: Named) -> None:
-    named[MODEL, f"{name}.factor_b"] = np.ascontiguousarray(factors.b)
-    named[MODEL, f"{name}.factor_a"] = np.ascontiguousarray(factors.a)
-    if factors.b_scale is not None and factors.a_scale is not None:
-        named[MODEL, f"{name}.factor_b_scale"] = np.ascontiguousarray(factors.b_scale)
-        named[MODEL, f"{name}.factor_a_scale"] = np.ascontiguousarray(factors.a_scale)
-
-
 # -- unpack ----------------------------------------------------------------------------------
 
 
@@ -331,13 +304,3 @@ def _unpack_values(info: TensorInfo, mask: NDArray[np.bool_] | None, fetch: Fetc
     out = np.zeros(info.matrix_shape, DTYPES[info.dtype])
     out[mask] = stored
     return out
-
-
-def _unpack_factors(info: TensorInfo, terms: Terms, fetch: Fetch) -> Factors | None:
-    if not terms.rank:
-        return None
-    b, a = fetch(MODEL, f"{info.name}.factor_b"), fetch(MODEL, f"{info.name}.factor_a")
-    if terms.factor_dtype != "I8":
-        return Factors(b, a)
-    b_scale = fetch(MODEL, f"{info.name}.factor_b_scale")
-    return Factors(b, a, b_scale, fetch(MODEL, f"{info.name}.factor_a_scale"))

@@ -67,7 +67,7 @@ def layout(info: TensorInfo, terms: Terms) -> list[ArraySpec]:
     if not high:
         return []
     rows, columns = info.matrix_shape
-    a_name, b_name = _names(info)
+    a_name, b_name = adapter_names(info)
     fewest, most = _columns(info, terms)
     dtype = "F32" if most else terms.factor_dtype
     if low == high:
@@ -95,7 +95,7 @@ def pack(tensor: Tensor, terms: Terms, named: Named) -> None:
     if columns.size:
         a[terms.rank + np.arange(columns.size), columns] = 1
         _add_differences(tensor, columns, b[:, terms.rank :])
-    a_name, b_name = _names(info)
+    a_name, b_name = adapter_names(info)
     named[ADAPTER, a_name], named[ADAPTER, b_name] = a, b
 
 
@@ -103,7 +103,7 @@ def unpack_factors(info: TensorInfo, terms: Terms, fetch: Fetch) -> Factors | No
     """The low-rank term alone, in its own dtype: the further ranks are not part of the formula."""
     if not terms.rank:
         return None
-    a_name, b_name = _names(info)
+    a_name, b_name = adapter_names(info)
     a, b = fetch(ADAPTER, a_name), fetch(ADAPTER, b_name)
     if a.shape[0] != b.shape[1] or a.shape[0] < terms.rank:
         raise damaged(info, "lora_A and lora_B differ in rank")
@@ -192,7 +192,8 @@ def _text(found: Mapping[str, Any]) -> bytes:
     return (json.dumps(found, indent=2) + "\n").encode()
 
 
-def _names(info: TensorInfo) -> tuple[str, str]:
+def adapter_names(info: TensorInfo) -> tuple[str, str]:
+    """The adapter's arrays of a tensor: lora_A, lora_B."""
     prefix = f"base_model.model.{info.module}"
     return f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
 
