@@ -13,10 +13,11 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from compress.checkpoint import open_checkpoint, skeleton
-from compress.export_onnx.builder import DATA_FILE, Style
+from compress.export_onnx.builder import DATA_FILE
 from compress.export_onnx.data_file import data_of
 from compress.export_onnx.lowering import Lowered, lower
 from compress.export_onnx.stored import of_output
+from compress.export_onnx.style import Style
 from compress.output import open_any
 from compress.plan import Options, make_plan
 from compress.recipe import Recipe, parse_pass

@@ -73,6 +73,7 @@ class Checkpoint:
     sidecars      relative paths of other files that belong to the model
     code_files    those among them that hold code, and `config.json:KEY` for keys that name code
     warnings      what the user should know, safe to print
+    graph         of an .onnx file: its skeleton (compress/checkpoint/skeleton.py), serialized
     """
 
     def __init__(self, path: Path, directory: Path | None, shards: dict[str, _Shard]) -> None:
@@ -86,6 +87,7 @@ class Checkpoint:
         self.sidecars: list[str] = []
         self.code_files: list[str] = []
         self.warnings: list[str] = []
+        self.graph: bytes | None = None
         self._shards = shards
         self._infos: list[TensorInfo] = []
         self._by_name: dict[str, tuple[TensorInfo, InputFile, int]] = {}

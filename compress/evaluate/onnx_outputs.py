@@ -133,9 +133,9 @@ class Onnx(Runner):
         feed = {}
         for name, spec in self.inputs.items():
             if name in known:
-                feed[name] = np.ascontiguousarray(known[name].astype(self._type(spec)))
+                feed[name] = np.ascontiguousarray(known[name].astype(self.dtype_of(spec)))
             elif name.startswith(("past_key_values", "past.", "past_key", "past_value")):
-                feed[name] = np.zeros(_empty_past(spec.shape, len(ids)), self._type(spec))
+                feed[name] = np.zeros(_empty_past(spec.shape, len(ids)), self.dtype_of(spec))
             else:
                 raise UsageError(
                     f"{show(self._where)}: it wants an input {show(name)}, which nothing here"
@@ -163,7 +163,7 @@ class Onnx(Runner):
                 f" input {show(name)} {list(spec.shape)}",
                 hint="the first axis counts the images",
             )
-        return {name: np.ascontiguousarray(images.astype(self._type(spec)))}
+        return {name: np.ascontiguousarray(images.astype(self.dtype_of(spec)))}
 
     def _images(self, spec: Any, images: Array) -> Array:
         """Images as the graph takes them: bytes as they are, else 0 to 1 with channels first."""
@@ -172,7 +172,8 @@ class Onnx(Runner):
             return images if channels_last else images.transpose(0, 3, 1, 2)
         return image_values(images)
 
-    def _type(self, spec: Any) -> Any:
+    def dtype_of(self, spec: Any) -> Any:
+        """The numpy type of an input. Raises InputError for one that numpy has not."""
         if spec.type not in _TYPES:
             raise InputError(
                 f"{show(self._where)}: input {show(spec.name)} is {show(spec.type)}, which numpy"

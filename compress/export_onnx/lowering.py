@@ -29,10 +29,10 @@ from compress.export_onnx.builder import (
     Builder,
     Copy,
     Facts,
-    Style,
 )
 from compress.export_onnx.matrices import Matrix, dequantize, needs_blocked
 from compress.export_onnx.stored import Weights
+from compress.export_onnx.style import Style
 from compress.export_onnx.transposed import dequantize_transposed
 from compress.formats.base import MODEL, Entry
 from compress.formats.onnx_forms import Form, Kind

@@ -1,0 +1,372 @@
+"""An output as ONNX: the graph before the work, its two files into the stage after it, the proof.
+
+What a graph needs of the model is known from headers, so it is captured (or taken from the .onnx
+file that was compressed) before any work, and every refusal comes then.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.checkpoint import Checkpoint, skeleton
+from compress.checkpoint.manifest import FileRecord
+from compress.checkpoint.stage import Stage
+from compress.errors import GateError, InputError, ResourceError, show
+from compress.export_onnx.builder import DATA_FILE
+from compress.export_onnx.data_file import write_data
+from compress.export_onnx.lowering import Lowered, lower
+from compress.export_onnx.options import ExportOptions
+from compress.export_onnx.parity import (
+    Feed,
+    Parity,
+    compare,
+    exact_twin,
+    made_up_feeds,
+    reference_graph,
+    remove_folder,
+    smallest_table,
+)
+from compress.export_onnx.stored import of_output
+from compress.export_onnx.style import Style
+from compress.output import open_any
+from compress.run import Progress, silent
+from compress.tensor import Array
+
+if TYPE_CHECKING:
+    from compress.evaluate.onnx_outputs import Onnx
+
+MODEL_FILE = "model.onnx"
+_SAMPLES = 8  # of the calibration's that the proof runs on
+_TOKENS = 64  # of a sample
+_IMAGES, _PROOF_IMAGES = 32, 64
+_STEP = "exporting"
+DECODER, ENCODER, CLASSIFIER, GRAPH, MODULE = (
+    "decoder", "encoder", "classifier", "graph", "module",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A graph that is ready to take an output's weights.
+
+    graph   the skeleton (ModelProto)
+    task    "decoder", "encoder" or "classifier" of transformers; "graph" for an .onnx file;
+            "module" for a user's own
+    """
+
+    graph: Any
+    task: str
+    options: ExportOptions
+
+    def size(self, weights: Any) -> int:
+        """Bytes of the two files for an output with these weights (`stored.of_layout`)."""
+        lowered = lower(self.graph, weights, self.options.style)
+        return len(lowered.model.SerializeToString()) + lowered.data_bytes
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and the section of the report."""
+
+    files: Mapping[str, FileRecord]
+    section: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files."""
+        return sum(record.nbytes for record in self.files.values())
+
+
+def prepare(
+    checkpoint: Checkpoint, options: ExportOptions, progress: Progress = silent
+) -> Prepared:
+    """The graph of a checkpoint, before any work.
+
+    Raises UsageError for a model that cannot be captured or a package that is missing, InputError
+    for what the files hold.
+    """
+    if checkpoint.graph is not None:
+        from onnx import ModelProto
+
+        graph = ModelProto()
+        graph.ParseFromString(checkpoint.graph)
+        return Prepared(graph, GRAPH, options)
+    if options.module is not None:
+        from compress.export_onnx.capture_module import capture_module
+
+        made = capture_module(
+            options.module, checkpoint, image_shape=options.image_shape, opset=options.opset
+        )
+        return Prepared(made, MODULE, options)
+    from compress.export_onnx.capture import capture
+
+    captured = capture(checkpoint, opset=options.opset, progress=progress)
+    return Prepared(captured.model, captured.task, options)
+
+
+def export_into(
+    stage: Stage,
+    prepared: Prepared,
+    samples: Mapping[str, Array] | None = None,
+    progress: Progress = silent,
+) -> Exported:
+    """Write model.onnx and model.onnx.data for the output in the stage, and prove them.
+
+    samples  what the model was calibrated on: `input_ids` (-1 beyond the end) or `images`
+    Raises GateError where the graph does not compute what our decode does, InputError.
+    """
+    started = time.perf_counter()
+    options = prepared.options
+    with open_any(stage.path) as output:
+        progress(_STEP, 0, 3)
+        lowered = lower(prepared.graph, of_output(output), options.style)
+        model = lowered.model
+        files: dict[str, FileRecord] = {}
+        if lowered.data_bytes:
+            files[DATA_FILE] = write_data(stage, lowered)
+        exact = exact_twin(model)
+        notes = list(lowered.facts.notes)
+        images = None if samples is None else samples.get("images")
+        if options.activations != "float" and images is not None:
+            model, more = _with_static_activations(stage.path, prepared, output, model, images)
+            notes += more
+        files[MODEL_FILE] = _write_graph(stage, model)
+        seconds = time.perf_counter() - started
+        progress(_STEP, 1, 3)
+        proof = _prove(stage, prepared, output, exact, samples)
+    progress(_STEP, 3, 3)
+    is_exact = exact == model.SerializeToString()
+    section = _section(lowered, model, files, options, notes, seconds) | {"parity": proof.record()}
+    if (failure := proof.failure(options.tolerance, exact=is_exact)) is not None:
+        raise GateError(f"{MODEL_FILE}: {failure}", hint="nothing was published")
+    return Exported(files, section)
+
+
+def _write_graph(stage: Stage, model: Any) -> FileRecord:
+    from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
+
+    try:
+        raw = model.SerializeToString()
+    except (EncodeError, ValueError):
+        raw = b""
+    if not raw or len(raw) > skeleton.MAX_BYTES:
+        raise ResourceError(f"{MODEL_FILE}: the graph alone does not fit the 2 GB of a message")
+    return stage.write_file(MODEL_FILE, raw)
+
+
+def _with_static_activations(
+    folder: Path, prepared: Prepared, output: Checkpoint, model: Any, images: Array
+) -> tuple[Any, list[str]]:
+    """Convolutions of 8-bit integers with activations of 8 bits, whose ranges are measured."""
+    from compress.evaluate.onnx_outputs import Onnx
+    from compress.export_onnx.activation_ranges import collect_ranges
+    from compress.export_onnx.graph_index import reader_of
+    from compress.export_onnx.static_activations import quantizable, with_static_activations
+
+    values = quantizable(model)
+    if not values:
+        return model, []
+    raw = bytes(model.SerializeToString())
+    feeds = _image_feeds(Onnx(folder / MODEL_FILE, raw), prepared, output, images)
+    ranges = collect_ranges(raw, feeds, values, folder)
+    made, notes = with_static_activations(model, ranges, reader_of(str(folder)))
+    return made, notes
+
+
+def _image_feeds(
+    runner: Onnx, prepared: Prepared, output: Checkpoint, images: Array
+) -> Iterator[Feed]:
+    """Images as the graph takes them, a batch at a time: through the module's own `preprocess`."""
+    spec = next(iter(runner.inputs.values()))
+    step = spec.shape[0] if isinstance(spec.shape[0], int) else _IMAGES
+    user = None
+    if prepared.task == MODULE:
+        from compress.engines.module import load_module
+
+        user = load_module(prepared.options.module or "", output)
+    for start in range(0, len(images) - len(images) % step or len(images), step):
+        some = images[start : start + step]
+        if user is None:
+            yield runner.feed({"images": some})
+        else:
+            yield {spec.name: np.ascontiguousarray(user.prepare(some).numpy(), np.float32)}
+
+
+# -- the proof ---------------------------------------------------------------------------------
+
+
+def _prove(
+    stage: Stage, prepared: Prepared, output: Checkpoint, exact: bytes,
+    samples: Mapping[str, Array] | None,
+) -> Parity:  # fmt: skip
+    graph = stage.path / MODEL_FILE
+    if prepared.task == GRAPH:
+        return _prove_graph(stage, prepared, output, exact, samples)
+    from compress.evaluate.onnx_outputs import Onnx
+
+    inputs, said = _inputs_of(prepared, output, samples)
+    if prepared.task == MODULE:
+        return _prove_module(graph, prepared, output, exact, samples)
+    runner = Onnx(graph)
+    feeds = [_feed(runner, one) for one in inputs]
+    name = "last_hidden_state" if prepared.task == ENCODER else "logits"
+    return compare(graph, exact, feeds, _decoded(output, inputs, name), said)
+
+
+def _feed(runner: Any, one: Mapping[str, Array]) -> Feed:
+    if "pixel_values" in one:
+        return dict(one)
+    found: Feed = runner.feed(one)
+    return found
+
+
+def _decoded(
+    output: Checkpoint, inputs: Sequence[Mapping[str, Array]], name: str
+) -> Iterator[dict[str, Array]]:
+    """What transformers computes with the decoded weights."""
+    from compress.evaluate.outputs import Decoded
+
+    for values in Decoded(output).run(list(inputs), name):
+        yield {name: np.asarray(values.float().numpy())}
+
+
+def _inputs_of(
+    prepared: Prepared, output: Checkpoint, samples: Mapping[str, Array] | None
+) -> tuple[list[dict[str, Array]], str]:
+    """Some of the calibration's samples, or numbers made up, as transformers' models take them."""
+    from compress.calibrate.inputs import IDS, batches_of, vocabulary_of
+
+    if samples is not None and IDS in samples:
+        kept = {IDS: samples[IDS][:_SAMPLES, :_TOKENS]}
+        return [dict(arrays) for _, arrays in batches_of(kept)], "calibration"
+    rng = np.random.default_rng(0)
+    pixels = next((i for i in prepared.graph.graph.input if i.name == "pixel_values"), None)
+    if pixels is not None:
+        shape = [d.dim_value or 2 for d in pixels.type.tensor_type.shape.dim]
+        return [{"pixel_values": rng.standard_normal(shape).astype(np.float32)}], "random"
+    below = vocabulary_of(output.config) or smallest_table(prepared.graph)
+    ids = rng.integers(0, below, (2, 12))
+    return [{IDS: ids, "attention_mask": np.ones_like(ids)}], "random"
+
+
+def _prove_module(
+    graph: Path, prepared: Prepared, output: Checkpoint, exact: bytes,
+    samples: Mapping[str, Array] | None,
+) -> Parity:  # fmt: skip
+    import torch
+
+    from compress.engines.module import load_module
+    from compress.evaluate.onnx_outputs import Onnx
+
+    runner = Onnx(graph)
+    images = None if samples is None else samples.get("images")
+    if images is None:
+        feeds = made_up_feeds(runner, 2)
+    else:
+        feeds = list(_image_feeds(runner, prepared, output, images[:_PROOF_IMAGES]))
+    module = load_module(prepared.options.module or "", output)
+
+    def reference() -> Iterator[dict[str, Array]]:
+        for feed in feeds:
+            with torch.no_grad():
+                values = module.run(torch.from_numpy(next(iter(feed.values()))))
+            yield {runner.outputs[0]: np.asarray(values.float().numpy())}
+
+    return compare(graph, exact, feeds, reference(), "random" if images is None else "calibration")
+
+
+def _prove_graph(
+    stage: Stage, prepared: Prepared, output: Checkpoint, exact: bytes,
+    samples: Mapping[str, Array] | None,
+) -> Parity:  # fmt: skip
+    """The same graph with decoded weights is the reference."""
+    from compress.evaluate.onnx_outputs import Onnx
+
+    graph = stage.path / MODEL_FILE
+    folder = stage.folder / "reference"
+    try:
+        reference = Onnx(reference_graph(prepared.graph, output, folder))
+        feeds, said = _graph_feeds(prepared, reference, samples)
+        names = [o.name for o in reference.session.get_outputs() if "float" in o.type]
+        if not names:
+            raise InputError(f"{MODEL_FILE}: no output of floating-point numbers to compare")
+        outputs = (
+            dict(zip(names, reference.outputs_of(feed, names), strict=True)) for feed in feeds
+        )
+        return compare(graph, exact, feeds, outputs, said)
+    finally:
+        if folder.is_dir():
+            remove_folder(folder)
+
+
+def _graph_feeds(
+    prepared: Prepared, runner: Any, samples: Mapping[str, Array] | None
+) -> tuple[list[Feed], str]:
+    if samples is not None and "images" in samples:
+        return [runner.feed({"images": samples["images"][:_SAMPLES]})], "calibration"
+    if samples is not None and "input_ids" in samples:
+        from compress.calibrate.inputs import IDS, batches_of
+
+        kept = {IDS: samples[IDS][:_SAMPLES, :_TOKENS]}
+        return [runner.feed(arrays) for _, arrays in batches_of(kept)], "calibration"
+    if "input_ids" in runner.inputs:
+        ids = np.random.default_rng(0).integers(0, smallest_table(prepared.graph), (2, 12))
+        return [runner.feed({"input_ids": ids})], "random"
+    return made_up_feeds(runner, smallest_table(prepared.graph)), "random"
+
+
+# -- the report --------------------------------------------------------------------------------
+
+
+def _section(
+    lowered: Lowered, model: Any, files: Mapping[str, FileRecord], options: ExportOptions,
+    notes: Sequence[str], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    facts = lowered.facts
+    counted = sum(1 for n in model.graph.node if n.op_type == "QuantizeLinear")
+    operators = dict(sorted(facts.operators.items()))
+    if counted:
+        operators["QuantizeLinear"] = counted
+    opset = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    return {
+        "opset": opset,
+        "style": options.style.style,
+        "self_contained": options.style.self_contained,
+        "operators": operators,
+        "nodes": len(model.graph.node),
+        "graph_bytes": files[MODEL_FILE].nbytes,
+        "data_bytes": lowered.data_bytes,
+        "shared_bytes": facts.shared_bytes,
+        "dense": [{"name": name, "why": why} for name, why in sorted(facts.dense.items())],
+        "notes": notes,
+        "seconds": round(seconds, 3),
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def lines_of(section: Mapping[str, Any]) -> list[str]:
+    """What people read of an export."""
+    parity = section["parity"]
+    operators = ", ".join(f"{count} {name}" for name, count in section["operators"].items())
+    found = [
+        f"onnx: opset {section['opset']}, {operators or 'no compressed weights'};"
+        f" {section['shared_bytes']:,} bytes read from the weight files,"
+        f" {section['data_bytes']:,} more in {DATA_FILE}, graph {section['graph_bytes']:,}",
+        f"onnx: outputs {parity['relative_error']:.2g} from our decode"
+        f" ({parity['exact_relative_error']:.2g} with exact products, cosine"
+        f" {parity['cosine']:.6f}, {parity['inputs']} inputs)",
+    ]
+    found += [
+        f"onnx: {show(one['name'])} is dense in the graph: {one['why']}" for one in section["dense"]
+    ]
+    return found + [f"onnx: {note}" for note in section["notes"]]
+
+
+__all__ = ["ExportOptions", "Exported", "Prepared", "Style", "export_into", "lines_of", "prepare"]

@@ -1,0 +1,197 @@
+"""The proof of an export: onnxruntime runs the graph against our own decode, on the same inputs.
+
+Two figures: of the graph as it is, whose products may round activations to 8 bits, and of the same
+graph with exact products, which shows whether weights and operators are right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.checkpoint import Checkpoint, skeleton
+from compress.checkpoint.skeleton import TYPES
+from compress.errors import InputError, show
+from compress.tensor import DTYPES, Array
+
+if TYPE_CHECKING:
+    from compress.evaluate.onnx_outputs import Onnx
+
+EXACT = 1e-3  # relative error that exact products stay under: float32 sums in another order
+ROUNDED = 0.25  # of graphs that round activations, on inputs made up at random
+_SEED = 20260101
+_BATCH, _LENGTH = 2, 12
+Feed = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far outputs of the graph are from our decode's, over all inputs together.
+
+    relative_error        root of (sum of squared differences / sum of squares), the graph as it is
+    exact_relative_error  the same with exact products
+    cosine                of the outputs as one vector, the graph as it is
+    """
+
+    relative_error: float
+    exact_relative_error: float
+    cosine: float
+    samples: int
+    inputs: str
+
+    def record(self) -> dict[str, Any]:
+        """For the report (JSON types)."""
+        return {
+            "relative_error": self.relative_error,
+            "exact_relative_error": self.exact_relative_error,
+            "cosine": self.cosine,
+            "samples": self.samples,
+            "inputs": self.inputs,
+        }
+
+    def failure(self, tolerance: float | None, *, exact: bool) -> str | None:
+        """What is wrong, in one line; `exact` says that the graph rounds no activations."""
+        if not self.exact_relative_error <= EXACT:
+            return (
+                f"with exact products the graph is {self.exact_relative_error:.3g} away from our"
+                f" decode, more than {EXACT:g}: it would compute something else"
+            )
+        limit = tolerance if tolerance is not None else EXACT if exact else ROUNDED
+        if not self.relative_error <= limit:
+            return (
+                f"the graph is {self.relative_error:.3g} away from our decode, more than {limit:g}"
+            )
+        return None
+
+
+def compare(
+    graph: Path,
+    exact: bytes,
+    feeds: Sequence[Feed],
+    reference: Iterable[Mapping[str, Array]],
+    inputs: str,
+) -> Parity:
+    """Run the graph and its exact twin on every feed beside the reference's outputs.
+
+    exact      the graph with exact products, its data in the graph's folder
+    reference  outputs by name for each feed, in order; the names that both have are compared
+    """
+    from compress.evaluate.onnx_outputs import Onnx
+
+    runners = [Onnx(graph)]
+    if exact != graph.read_bytes():
+        runners.append(Onnx(graph, exact))
+    sums = np.zeros((len(runners), 4))  # squared difference, product, squares of both
+    for feed, wanted in zip(feeds, reference, strict=True):
+        for place, runner in enumerate(runners):
+            names = [name for name in wanted if name in runner.outputs]
+            for name, got in zip(names, runner.outputs_of(feed, names), strict=True):
+                sums[place] += _sums(name, got, wanted[name])
+    error, norm = np.sqrt(sums[:, 0]), np.sqrt(sums[:, 3])
+    relative = np.where(error == 0, 0.0, error / np.maximum(norm, np.finfo(float).tiny))
+    cosine = sums[0, 1] / max(np.sqrt(sums[0, 2] * sums[0, 3]), np.finfo(float).tiny)
+    return Parity(
+        float(relative[0]), float(relative[-1]), float(min(1.0, cosine)), len(feeds), inputs
+    )
+
+
+def exact_twin(model: Any) -> bytes:
+    """The graph with every MatMulNBits at accuracy level 0."""
+    from onnx import ModelProto
+
+    twin = ModelProto()
+    twin.CopyFrom(model)
+    for node in twin.graph.node:
+        if node.op_type == "MatMulNBits":
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 0
+    return bytes(twin.SerializeToString())
+
+
+def made_up_feeds(runner: Onnx, ids_below: int) -> list[Feed]:
+    """One feed of random numbers for a graph whose inputs are not known by name.
+
+    ids_below  the smallest table that ids may be looked up in
+    Raises InputError for an input type that no numbers can be made up for.
+    """
+    rng = np.random.default_rng(_SEED)
+    feed: dict[str, Array] = {}
+    for name, spec in runner.inputs.items():
+        shape = [n if isinstance(n, int) else _size(axis, n) for axis, n in enumerate(spec.shape)]
+        kind = np.dtype(runner.dtype_of(spec))
+        if kind == np.bool_ or "mask" in name:
+            feed[name] = np.ones(shape, kind)
+        elif kind.kind in "iu":
+            feed[name] = rng.integers(0, max(1, ids_below), shape).astype(kind)
+        else:
+            feed[name] = rng.standard_normal(shape).astype(kind)
+    return [feed]
+
+
+def reference_graph(graph: Any, checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write a skeleton with decoded weights into `folder`: what the source's own graph computes."""
+    from onnx import ModelProto
+
+    model = ModelProto()
+    model.CopyFrom(graph)
+    folder.mkdir(parents=True, exist_ok=True)
+    offset = 0
+    with open(folder / "weights.bin", "wb") as file:
+        for name, tensor in skeleton.weights_of(model).items():
+            info = checkpoint.info(name)
+            values = checkpoint.read(info)
+            wanted = next(tag for tag, number in TYPES.items() if number == tensor.data_type)
+            data = np.ascontiguousarray(values.astype(DTYPES[wanted], copy=False))
+            file.write(data.reshape(-1).view(np.uint8).data)
+            del tensor.external_data[:]
+            for key, value in (
+                ("location", "weights.bin"),
+                ("offset", offset),
+                ("length", data.nbytes),
+            ):
+                entry = tensor.external_data.add()
+                entry.key, entry.value = key, str(value)
+            offset += data.nbytes
+    path = folder / "reference.onnx"
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def smallest_table(graph: Any) -> int:
+    """Rows of the smallest table that the graph gathers from."""
+    sizes = {t.name: int(t.dims[0]) for t in graph.graph.initializer if len(t.dims) > 1}
+    rows = [
+        sizes[node.input[0]]
+        for node in graph.graph.node
+        if node.op_type == "Gather" and node.input[0] in sizes
+    ]
+    return min(rows, default=2)
+
+
+def _size(axis: int, _symbol: object) -> int:
+    """A size for an axis of any size: few samples, then a length."""
+    return _BATCH if axis == 0 else _LENGTH
+
+
+def _sums(name: str, got: Array, wanted: Array) -> Array:
+    if got.shape != wanted.shape:
+        raise InputError(
+            f"the output {show(name)} is {list(got.shape)}, our decode gives {list(wanted.shape)}"
+        )
+    a, b = got.astype(np.float64).reshape(-1), wanted.astype(np.float64).reshape(-1)
+    difference = a - b
+    found: Array = np.array([difference @ difference, a @ b, a @ a, b @ b])
+    return found
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove the folder of a reference graph."""
+    for name in os.listdir(folder):
+        os.unlink(folder / name)
+    os.rmdir(folder)
