@@ -1,4 +1,4 @@
-"""The lowered graph against numpy on the decoded weights: every term, every operator, every format."""
+"""The lowered graph against numpy on the decoded weights: every term, operator and format."""
 
 from __future__ import annotations
 
@@ -132,7 +132,10 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "whole rows with zero points": ("quantize:bits=8,group=-1,symmetric=false",),
     "pruned": ("prune:sparsity=0.5", "quantize:bits=4,group=32,on_indivisible=short"),
     "factors": ("quantize:bits=4,group=32,on_indivisible=short", "low-rank:rank=4"),
-    "super weights": ("super-weights:targets=*q_proj*", "quantize:bits=4,group=32,targets=*_proj*,on_indivisible=short"),
+    "super weights": (
+        "super-weights:targets=*q_proj*",
+        "quantize:bits=4,group=32,targets=*_proj*,on_indivisible=short",
+    ),
     "only pruned": ("prune:sparsity=0.5",),
 }  # fmt: skip
 

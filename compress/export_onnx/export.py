@@ -102,7 +102,11 @@ def prepare(
         from compress.export_onnx.capture_module import capture_module
 
         made = capture_module(
-            options.module, checkpoint, image_shape=options.image_shape, opset=options.opset
+            options.module,
+            checkpoint,
+            image_shape=options.image_shape,
+            raw_images=True,
+            opset=options.opset,
         )
         return Prepared(made, MODULE, options)
     from compress.export_onnx.capture import capture
@@ -135,7 +139,7 @@ def export_into(
         notes = list(lowered.facts.notes)
         images = None if samples is None else samples.get("images")
         if options.activations != "float" and images is not None:
-            model, more = _with_static_activations(stage.path, prepared, output, model, images)
+            model, more = _with_static_activations(stage.path, model, images)
             notes += more
         files[MODEL_FILE] = _write_graph(stage, model)
         seconds = time.perf_counter() - started
@@ -161,9 +165,7 @@ def _write_graph(stage: Stage, model: Any) -> FileRecord:
     return stage.write_file(MODEL_FILE, raw)
 
 
-def _with_static_activations(
-    folder: Path, prepared: Prepared, output: Checkpoint, model: Any, images: Array
-) -> tuple[Any, list[str]]:
+def _with_static_activations(folder: Path, model: Any, images: Array) -> tuple[Any, list[str]]:
     """Convolutions of 8-bit integers with activations of 8 bits, whose ranges are measured."""
     from compress.evaluate.onnx_outputs import Onnx
     from compress.export_onnx.activation_ranges import collect_ranges
@@ -174,29 +176,18 @@ def _with_static_activations(
     if not values:
         return model, []
     raw = bytes(model.SerializeToString())
-    feeds = _image_feeds(Onnx(folder / MODEL_FILE, raw), prepared, output, images)
+    feeds = _image_feeds(Onnx(folder / MODEL_FILE, raw), images)
     ranges = collect_ranges(raw, feeds, values, folder)
     made, notes = with_static_activations(model, ranges, reader_of(str(folder)))
     return made, notes
 
 
-def _image_feeds(
-    runner: Onnx, prepared: Prepared, output: Checkpoint, images: Array
-) -> Iterator[Feed]:
-    """Images as the graph takes them, a batch at a time: through the module's own `preprocess`."""
+def _image_feeds(runner: Onnx, images: Array) -> Iterator[Feed]:
+    """Images as the graph takes them, a batch at a time."""
     spec = next(iter(runner.inputs.values()))
     step = spec.shape[0] if isinstance(spec.shape[0], int) else _IMAGES
-    user = None
-    if prepared.task == MODULE:
-        from compress.engines.module import load_module
-
-        user = load_module(prepared.options.module or "", output)
-    for start in range(0, len(images) - len(images) % step or len(images), step):
-        some = images[start : start + step]
-        if user is None:
-            yield runner.feed({"images": some})
-        else:
-            yield {spec.name: np.ascontiguousarray(user.prepare(some).numpy(), np.float32)}
+    for start in range(0, len(images) - (len(images) % step if step > 1 else 0), step):
+        yield runner.feed({"images": images[start : start + step]})
 
 
 # -- the proof ---------------------------------------------------------------------------------
@@ -267,19 +258,20 @@ def _prove_module(
 
     runner = Onnx(graph)
     images = None if samples is None else samples.get("images")
+    said = "random" if images is None else "calibration"
     if images is None:
-        feeds = made_up_feeds(runner, 2)
-    else:
-        feeds = list(_image_feeds(runner, prepared, output, images[:_PROOF_IMAGES]))
+        shape = prepared.options.image_shape or ()
+        images = np.random.default_rng(0).integers(0, 256, (4, *shape)).astype(np.uint8)
+    images = images[:_PROOF_IMAGES]
     module = load_module(prepared.options.module or "", output)
+    feeds = [runner.feed({"images": images})]
 
     def reference() -> Iterator[dict[str, Array]]:
-        for feed in feeds:
-            with torch.no_grad():
-                values = module.run(torch.from_numpy(next(iter(feed.values()))))
-            yield {runner.outputs[0]: np.asarray(values.float().numpy())}
+        with torch.no_grad():
+            values = module.call({"images": images})
+        yield {runner.outputs[0]: np.asarray(values.float().numpy())}
 
-    return compare(graph, exact, feeds, reference(), "random" if images is None else "calibration")
+    return compare(graph, exact, feeds, reference(), said)
 
 
 def _prove_graph(

@@ -20,7 +20,7 @@ class ExportOptions:
 
     opset        of a graph that is captured; an .onnx file keeps its own where it can
     module       FILE.py:FACTORY of a user's own torch module
-    image_shape  channels, height, width of what the module takes
+    image_shape  height, width and channels of the images that the module takes
     activations  "auto": of 8 bits in convolutions of 8-bit weights where images are given;
                  "float": never
     tolerance    relative error of the outputs above which the export fails; None: 1e-3 where
