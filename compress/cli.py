@@ -14,6 +14,8 @@ from compress.calibrate.on_the_way import CalibrateOn
 from compress.calibrate_command import calibrate
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
 from compress.evaluate.on_the_way import EvaluateOn
+from compress.export_command import export
+from compress.export_onnx.options import ExportWords
 from compress.options import (
     CalibrateDocuments,
     CalibrateIds,
@@ -28,10 +30,18 @@ from compress.options import (
     EvalText,
     EvalWindow,
     FailIf,
+    ImageShape,
     Json,
     Module,
+    Onnx,
+    OnnxActivations,
+    OnnxLevel,
+    OnnxOpset,
+    OnnxStyle,
+    OnnxTolerance,
     Pickle,
     ReportFile,
+    SelfContained,
     StatsFile,
 )  # fmt: skip
 from compress.run_command import job_of, options_of, plan_job, run_job, run_one
@@ -140,6 +150,14 @@ def run(
     eval_window: EvalWindow = None,
     eval_samples: EvalSamples = None,
     module: Module = None,
+    onnx: Onnx = False,
+    onnx_style: OnnxStyle = None,
+    onnx_accuracy_level: OnnxLevel = None,
+    onnx_opset: OnnxOpset = None,
+    onnx_tolerance: OnnxTolerance = None,
+    onnx_activations: OnnxActivations = None,
+    self_contained: SelfContained = False,
+    image_shape: ImageShape = None,
     json: Json = False,
 ) -> None:
     """Compress a checkpoint: the main job."""
@@ -161,8 +179,12 @@ def run(
         calibrate_on=CalibrateOn(stats, text, sentences, ids, images, samples, length, documents),
         evaluate_on=EvaluateOn(eval_text, eval_pairs, eval_images, eval_window, eval_samples),
         module=module,
+        export=ExportWords(
+            onnx, onnx_style, onnx_accuracy_level, onnx_opset, onnx_tolerance, onnx_activations,
+            self_contained, image_shape,
+        ),
         json=json,
-    )
+    )  # fmt: skip
 
 
 @app.command()
@@ -292,6 +314,7 @@ def generate(
 
 
 app.command()(calibrate)
+app.command("export")(export)
 
 
 @app.command()

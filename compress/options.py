@@ -18,6 +18,35 @@ FailIf = Annotated[
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write the report (JSON) here, gate or not.")
 ]
+Onnx = Annotated[bool, typer.Option("--onnx", help="Write model.onnx beside the weights, too.")]
+OnnxStyle = Annotated[
+    str | None,
+    typer.Option(help="nbits (MatMulNBits) or qdq (standard operators).", metavar="NAME"),
+]
+OnnxLevel = Annotated[
+    int | None,
+    typer.Option(
+        "--onnx-accuracy-level", help="0 exact; 4 activations of 8 bits (usual for 2 and 8 bits)."
+    ),
+]
+OnnxOpset = Annotated[int | None, typer.Option(help="Opset of a captured graph, 18 to 25.")]
+OnnxTolerance = Annotated[
+    float | None,
+    typer.Option(help="Relative error of the outputs above which the run fails (exit 4)."),
+]
+OnnxActivations = Annotated[
+    str | None,
+    typer.Option(
+        help="auto (8 bits in int8 convolutions, with --images) or float.", metavar="NAME"
+    ),
+]
+SelfContained = Annotated[
+    bool, typer.Option("--self-contained", help="Copy every weight into model.onnx.data.")
+]
+ImageShape = Annotated[
+    str | None,
+    typer.Option(help="What a --module takes: height,width,channels.", metavar="H,W,C"),
+]
 StatsFile = Annotated[
     Path | None,
     typer.Option("--stats", help="Statistics of the model's inputs, from compress calibrate."),

@@ -16,9 +16,13 @@ from compress.recipe import build_pass, parse_yaml
 
 CALIBRATION = ("stats", "text", "sentences", "ids", "images", "samples", "length", "documents")
 EVALUATION = ("eval_text", "eval_pairs", "eval_images", "eval_window", "eval_samples")
+EXPORT = (
+    "onnx", "onnx_style", "onnx_accuracy_level", "onnx_opset", "onnx_tolerance",
+    "onnx_activations", "self_contained", "image_shape",
+)  # fmt: skip
 _COMMON = (
     "format", "untouched", "jobs", "memory", "seed", "fail_if", "report", "overwrite", "resume",
-    "allow_pickle", "no_fsync", "json", "module", *CALIBRATION, *EVALUATION,
+    "allow_pickle", "no_fsync", "json", "module", *CALIBRATION, *EVALUATION, *EXPORT,
 )  # fmt: skip
 
 

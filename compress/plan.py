@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from compress import formats, layout, patterns, roles, tiles
 from compress.buffers import BufferPool
 from compress.calibrate.statistics import INPUTS, missing_kinds
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, skeleton
 from compress.checkpoint import config as model_config
 from compress.errors import ResourceError, UsageError, show
 from compress.formats.base import Entry, Format
@@ -47,6 +47,7 @@ class Options:
     memory: int = DEFAULT_MEMORY
     max_shard_bytes: int = layout.MAX_SHARD_BYTES
     module: str | None = None  # FILE.py:FACTORY of a user's own torch module
+    onnx: bool = False  # write a graph beside the weights
 
     @property
     def workers(self) -> int:
@@ -158,6 +159,8 @@ class Plan:
                 files["config.json"] = _json(model_config.strip_code_keys(config))
             else:
                 files["config.json"] = self.checkpoint.config_bytes
+        if self.checkpoint.graph is not None:
+            files[skeleton.FILE] = self.checkpoint.graph
         return files
 
     @cached_property
@@ -245,7 +248,9 @@ def make_plan(
     infos = checkpoint.infos()
     roles.refuse_scaled_fp8(infos)
     output = Output(
-        options.format or recipe.output.format, options.untouched or recipe.output.untouched
+        options.format or recipe.output.format,
+        options.untouched or recipe.output.untouched,
+        options.onnx or recipe.output.onnx or checkpoint.graph is not None,
     )
     recipe = replace(recipe, output=output)  # what is stored is what ran
     passes, notes = _ordered(_seeded(recipe))
@@ -431,8 +436,19 @@ def _choose_format(plan: Plan, wanted: str) -> tuple[Format, str]:
     if wanted == "auto":
         changed, *others = _changed(plan)
         checkpoint = plan.checkpoint
+        engines = ("compressed-tensors", "native")
+        if checkpoint.graph is not None:
+            engines = ("onnx", "native")
+        elif plan.recipe.output.onnx:
+            engines = ("compressed-tensors", "onnx")
         return formats.choose(
-            changed, checkpoint.infos(), checkpoint.config, checkpoint.aliases, others=others
+            changed,
+            checkpoint.infos(),
+            checkpoint.config,
+            checkpoint.aliases,
+            others=others,
+            preferred=engines[0],
+            otherwise=engines[1],
         )
     fmt = formats.get(wanted)
     refusal = _refusal(plan, fmt)

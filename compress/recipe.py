@@ -84,6 +84,7 @@ class Output:
 
     format: str = "auto"
     untouched: str = "keep"
+    onnx: bool = False
 
 
 @dataclass(frozen=True)
@@ -267,8 +268,10 @@ def _pass_entry(entry: Any) -> Pass:
 def _output(mapping: Any) -> Output:
     if not isinstance(mapping, Mapping):
         raise UsageError("output: expected a mapping, e.g. {format: native}")
-    _refuse_unknown(mapping, ("format", "untouched"), "output")
+    _refuse_unknown(mapping, ("format", "untouched", "onnx"), "output")
     output = Output(**mapping)
+    if not isinstance(output.onnx, bool):
+        raise UsageError(f"output: onnx: expected true or false, got {output.onnx!r}")
     for key, value, allowed in (
         ("format", output.format, FORMATS),
         ("untouched", output.untouched, UNTOUCHED),

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -22,6 +22,9 @@ from compress.plan import Plan
 from compress.recipe import Gate, failed_gates
 from compress.tiles import TensorPlan
 from compress.work import Sums
+
+if TYPE_CHECKING:
+    from compress.export_onnx.export import Exported
 
 # A plain rounding whose error is lower by more than this share wins; less is a draw.
 _MARGIN = 0.01
@@ -110,6 +113,7 @@ def build(
     peak_memory: int,
     evaluation: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    exported: Exported | None = None,
 ) -> Report:
     """The whole document of a finished run; `warnings` beside those of the plan."""
     changed = [r for r in rows if r["changed"]]
@@ -122,7 +126,7 @@ def build(
     zeros = sum(r["sparsity"] * size[r["name"]] for r in changed)
     totals = {
         "bytes_before": plan.bytes_before,
-        "bytes_after": layout.nbytes,
+        "bytes_after": layout.nbytes + (0 if exported is None else exported.nbytes),
         "weight_bytes_before": source_files,
         "weight_bytes_after": layout.weight_bytes,
         "bits_per_weight": 8 * sum(r["bytes_after"] for r in changed) / max(1, targeted),
@@ -151,8 +155,9 @@ def build(
             "notes": [*plan.notes, *_format_notes(plan)],
             "warnings": [*plan.warnings, *warnings],
             "evaluation": evaluation,
+            "onnx": None if exported is None else dict(exported.section),
             "left_alone": [_left_alone(i) for i in plan.left_alone],
-            "files": layout.sizes(),
+            "files": layout.sizes() | ({} if exported is None else exported.sizes),
             "tensors": rows,
         }
     )
@@ -207,6 +212,11 @@ def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
     )
     if body["evaluation"] is not None:
         print_figures(body["evaluation"], console)
+    if body["onnx"] is not None:
+        from compress.export_onnx.show import lines_of
+
+        for line in lines_of(body["onnx"]):
+            console.print(Text(line))
     console.print(Text(body["verdict"]))
     for note in body["notes"]:
         console.print(Text(f"note: {note}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,13 @@ from compress.recipe import Gate
 from compress.report import Report
 from compress.resume import Finished, State
 from compress.spills import Spill, join
+from compress.tensor import Array
 from compress.tiles import TensorPlan, Tile, cut
 from compress.work import Packed, Sums, work_on
 
 if TYPE_CHECKING:
     from compress.evaluate.finished import Evaluation
+    from compress.export_onnx.export import Prepared
 
 Progress = Callable[[str, int, int], None]
 
@@ -49,6 +51,8 @@ class RunOptions:
     content_hash: bool = False
     gates: tuple[Gate, ...] = ()
     evaluation: Evaluation | None = None  # of the finished stage, before it is published
+    export: Prepared | None = None  # the graph that is written beside the weights
+    samples: Mapping[str, Array] | None = None  # of the calibration, for the proof of the graph
 
 
 def run(plan: Plan, out: Path, options: RunOptions, progress: Progress = silent) -> Report:
@@ -117,6 +121,12 @@ def _fill(
         files[name] = stage.write_file(name, content)
     for name in layout.copies:
         files[name] = stage.copy_file(name, plan.checkpoint.open_sidecar(name))
+    exported = None
+    if options.export is not None:
+        from compress.export_onnx.export import export_into
+
+        exported = export_into(stage, options.export, options.samples, progress)
+        files |= exported.files
     seconds, peak = time.perf_counter() - started, peak_memory()
     evaluated, warnings = _evaluate(plan, stage, options, progress)
     result = report.build(
@@ -127,8 +137,9 @@ def _fill(
         peak_memory=peak,
         evaluation=evaluated,
         warnings=warnings,
+        exported=exported,
     )
-    _check_gates(result, options)
+    _check_gates(result, options, None if exported is None else exported.failure)
     files["report.json"] = stage.write_file("report.json", result.to_json())
     source: dict[str, Any] = {"fingerprint": plan.checkpoint.fingerprint()}
     if options.content_hash:
@@ -160,14 +171,15 @@ def _evaluate(
     )
 
 
-def _check_gates(result: Report, options: RunOptions) -> None:
+def _check_gates(result: Report, options: RunOptions, failure: str | None) -> None:
     """Write the report where asked; on a failed gate raise, so that nothing is published."""
     if options.report_file is not None:
         try:
             options.report_file.write_bytes(result.to_json())
         except OSError as error:
             raise from_os_error(error, doing="cannot write the report") from error
-    if failed := result.failed(options.gates):
+    failed = [*result.failed(options.gates), *([] if failure is None else [failure])]
+    if failed:
         raise GateError("; ".join(failed), hint="nothing was published")
 
 

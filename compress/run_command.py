@@ -11,6 +11,7 @@ import typer
 from compress.calibrate.on_the_way import CalibrateOn
 from compress.errors import UsageError, show
 from compress.evaluate.on_the_way import EvaluateOn, prepared
+from compress.export_onnx.options import ExportWords
 from compress.terminal import console, emit, progress_bar
 
 if TYPE_CHECKING:
@@ -43,7 +44,12 @@ def job_of(words: list[str], recipe_file: Path | None, seed: int | None) -> tupl
 
 
 def options_of(
-    format: str | None, untouched: str | None, jobs: int, memory: str, shard: str
+    format: str | None,
+    untouched: str | None,
+    jobs: int,
+    memory: str,
+    shard: str,
+    onnx: bool = False,
 ) -> Options:
     """How to run, from flags. Raises UsageError for a format, dtype or size that is none."""
     from compress.plan import Options
@@ -62,6 +68,7 @@ def options_of(
         jobs=jobs,
         memory=parse_size("--memory", memory, least=1 << 20),
         max_shard_bytes=parse_size("--max-shard-size", shard, least=1 << 20),
+        onnx=onnx,
     )
 
 
@@ -121,6 +128,7 @@ def run_job(
     calibrate_on: CalibrateOn,
     evaluate_on: EvaluateOn,
     module: str | None = None,
+    export: ExportWords | None = None,
 ) -> None:
     """Everything that `compress run` does, and the commands of one pass."""
     from dataclasses import replace
@@ -129,6 +137,7 @@ def run_job(
     from compress.checkpoint import open_checkpoint
     from compress.checkpoint.destination import check_out
     from compress.evaluate.metrics import require
+    from compress.export_onnx.on_the_way import graph_for, samples_of
     from compress.plan import make_plan
     from compress.recipe import Gate
     from compress.report import print_report
@@ -139,7 +148,9 @@ def run_job(
     request = evaluate_on.request()
     kind = None if request is None else request.kind
     require(job.gates, kind, reference=True, report=True)
-    options = replace(options, module=module)
+    export = export or ExportWords()
+    options = replace(options, module=module, onnx=options.onnx or export.wanted)
+    wanted = export.options(module)
     check_out(Path(os.path.abspath(out)), overwrite=overwrite)
     calibrate_on.check()
     with (
@@ -148,6 +159,7 @@ def run_job(
     ):
         draft: Plan = make_plan(checkpoint, job, options, calibrated=calibrate_on.is_given)
         evaluation = prepared(checkpoint, request, options)
+        graph = graph_for(draft, export, wanted, calibrate_on, progress)
         with statistics_for(
             draft, calibrate_on, out, resume=resume, fsync=fsync, progress=progress
         ) as known:
@@ -156,16 +168,20 @@ def run_job(
             for warning in made.warnings:
                 if json:
                     typer.echo(f"warning: {warning}", err=True)
+            samples = None
+            if graph is not None:
+                samples = samples_of(checkpoint, made.statistics, calibrate_on, seed=job.seed)
             settings = RunOptions(
-                overwrite, resume, fsync, report, content_hash, job.gates, evaluation
-            )
+                overwrite, resume, fsync, report, content_hash, job.gates, evaluation,
+                graph, samples,
+            )  # fmt: skip
             result = run_plan(made, out, settings, progress)
     emit(result.body, json, lambda: print_report(result, console()), raw=result.to_json)
 
 
 def run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
     """The command of one pass, with the options that such commands share."""
-    from compress.pass_command import CALIBRATION, EVALUATION
+    from compress.pass_command import CALIBRATION, EVALUATION, EXPORT
     from compress.recipe import Recipe
 
     run_job(
@@ -184,6 +200,7 @@ def run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
         content_hash=False,
         calibrate_on=CalibrateOn(**{key: common[key] for key in CALIBRATION}),
         module=common["module"],
+        export=ExportWords(*(common[key] for key in EXPORT)),
         evaluate_on=EvaluateOn(*(common[key] for key in EVALUATION)),
         json=common["json"],
     )

@@ -103,6 +103,21 @@ class Stage:
         os.replace(temporary, target)
         return FileRecord(source.size, digest.hexdigest())
 
+    def take_file(self, name: str, source: Path, record: FileRecord) -> None:
+        """Give a file of the output that is replaced to the new one: linked, or copied.
+
+        `record` is what its manifest says; a copy is held to it. Raises InputError.
+        """
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            if self.copy_file(name, open_inside(str(source.parent), source.name)) != record:
+                raise InputError(
+                    f"{show(name)}: not what the manifest says", hint="see compress verify"
+                ) from None
+
     def sync(self, fd: int) -> None:
         """fsync unless told not to."""
         if self.fsync:

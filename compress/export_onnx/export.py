@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 from compress.checkpoint import Checkpoint, skeleton
 from compress.checkpoint.manifest import FileRecord
 from compress.checkpoint.stage import Stage
-from compress.errors import GateError, InputError, ResourceError, show
+from compress.errors import InputError, ResourceError
 from compress.export_onnx.builder import DATA_FILE
 from compress.export_onnx.data_file import write_data
 from compress.export_onnx.lowering import Lowered, lower
@@ -34,7 +35,6 @@ from compress.export_onnx.parity import (
     smallest_table,
 )
 from compress.export_onnx.stored import of_output
-from compress.export_onnx.style import Style
 from compress.output import open_any
 from compress.run import Progress, silent
 from compress.tensor import Array
@@ -77,11 +77,17 @@ class Exported:
 
     files: Mapping[str, FileRecord]
     section: Mapping[str, Any]
+    failure: str | None = None  # why the graph must not be published
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """File name -> bytes."""
+        return {name: record.nbytes for name, record in self.files.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of the files."""
-        return sum(record.nbytes for record in self.files.values())
+        return sum(self.sizes.values())
 
 
 def prepare(
@@ -120,15 +126,20 @@ def export_into(
     prepared: Prepared,
     samples: Mapping[str, Array] | None = None,
     progress: Progress = silent,
+    *,
+    weights: Checkpoint | None = None,
 ) -> Exported:
     """Write model.onnx and model.onnx.data for the output in the stage, and prove them.
 
     samples  what the model was calibrated on: `input_ids` (-1 beyond the end) or `images`
-    Raises GateError where the graph does not compute what our decode does, InputError.
+    weights  an open output whose weights are copied; else the stage holds them
+    Whether the graph computes what our decode does is `Exported.failure`. Raises InputError where
+    it cannot be run, ResourceError where it does not fit a message.
     """
     started = time.perf_counter()
     options = prepared.options
-    with open_any(stage.path) as output:
+    with ExitStack() as stack:
+        output = weights or stack.enter_context(open_any(stage.path))
         progress(_STEP, 0, 3)
         lowered = lower(prepared.graph, of_output(output), options.style)
         model = lowered.model
@@ -148,9 +159,8 @@ def export_into(
     progress(_STEP, 3, 3)
     is_exact = exact == model.SerializeToString()
     section = _section(lowered, model, files, options, notes, seconds) | {"parity": proof.record()}
-    if (failure := proof.failure(options.tolerance, exact=is_exact)) is not None:
-        raise GateError(f"{MODEL_FILE}: {failure}", hint="nothing was published")
-    return Exported(files, section)
+    failure = proof.failure(options.tolerance, exact=is_exact)
+    return Exported(files, section, None if failure is None else f"{MODEL_FILE}: {failure}")
 
 
 def _write_graph(stage: Stage, model: Any) -> FileRecord:
@@ -341,24 +351,3 @@ def _section(
         "seconds": round(seconds, 3),
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-
-
-def lines_of(section: Mapping[str, Any]) -> list[str]:
-    """What people read of an export."""
-    parity = section["parity"]
-    operators = ", ".join(f"{count} {name}" for name, count in section["operators"].items())
-    found = [
-        f"onnx: opset {section['opset']}, {operators or 'no compressed weights'};"
-        f" {section['shared_bytes']:,} bytes read from the weight files,"
-        f" {section['data_bytes']:,} more in {DATA_FILE}, graph {section['graph_bytes']:,}",
-        f"onnx: outputs {parity['relative_error']:.2g} from our decode"
-        f" ({parity['exact_relative_error']:.2g} with exact products, cosine"
-        f" {parity['cosine']:.6f}, {parity['inputs']} inputs)",
-    ]
-    found += [
-        f"onnx: {show(one['name'])} is dense in the graph: {one['why']}" for one in section["dense"]
-    ]
-    return found + [f"onnx: {note}" for note in section["notes"]]
-
-
-__all__ = ["ExportOptions", "Exported", "Prepared", "Style", "export_into", "lines_of", "prepare"]

@@ -15,6 +15,49 @@ OPSET = 21
 
 
 @dataclass(frozen=True)
+class ExportWords:
+    """The options of an export as they were typed; None: not given.
+
+    wanted  --onnx, or what says the same
+    """
+
+    wanted: bool = False
+    style: str | None = None
+    accuracy_level: int | None = None
+    opset: int | None = None
+    tolerance: float | None = None
+    activations: str | None = None
+    self_contained: bool = False
+    image_shape: str | None = None
+
+    def lone(self) -> str | None:
+        """An option that means nothing without an export, if one was given."""
+        given = {
+            "--onnx-style": self.style,
+            "--onnx-accuracy-level": self.accuracy_level,
+            "--onnx-opset": self.opset,
+            "--onnx-tolerance": self.tolerance,
+            "--onnx-activations": self.activations,
+            "--self-contained": self.self_contained or None,
+            "--image-shape": self.image_shape,
+        }
+        return next((name for name, value in given.items() if value is not None), None)
+
+    def options(self, module: str | None = None) -> ExportOptions:
+        """The checked options. Raises UsageError."""
+        made = ExportOptions(
+            style=Style(self.style or STYLES[0], self.accuracy_level, self.self_contained),
+            opset=OPSET if self.opset is None else self.opset,
+            module=module,
+            image_shape=None if self.image_shape is None else _shape(self.image_shape),
+            activations=self.activations or ACTIVATIONS[0],
+            tolerance=self.tolerance,
+        )
+        made.check()
+        return made
+
+
+@dataclass(frozen=True)
 class ExportOptions:
     """How an output becomes ONNX.
 
@@ -60,3 +103,14 @@ class ExportOptions:
             )
         if self.tolerance is not None and not self.tolerance >= 0:
             raise UsageError(f"--onnx-tolerance {self.tolerance}: not a number from 0")
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    """Height, width and channels, as `32,32,3`. Raises UsageError."""
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) for part in parts):
+        raise UsageError(
+            f"--image-shape {show(text)}: expected height,width,channels", hint="e.g. 224,224,3"
+        )
+    height, width, channels = (int(part) for part in parts)
+    return height, width, channels

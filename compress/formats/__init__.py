@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.checkpoint import manifest
+from compress.checkpoint import manifest, skeleton
 from compress.checkpoint.writer import nbytes_of
 from compress.errors import UsageError, show
 from compress.formats.arrays import pack_super_weights, super_weight_layout
@@ -20,11 +20,16 @@ from compress.tensor import TensorInfo
 FORMATS: dict[str, Format] = {f.name: f for f in (CompressedTensors(), Native(), Onnx(), Dense())}
 
 NAMES = tuple(FORMATS)
+_REASONS = {
+    "compressed-tensors": "transformers and vLLM load it",
+    "onnx": "onnxruntime's operators read it where it lies",
+}
 
 # What this tool writes into an output beside config.json and the weights. A source's own file of
 # such a name cannot lie beside ours, and none of these belongs to the model that `unpack` restores.
 OWN_FILES = frozenset({
     manifest.NAME, "recipe.yaml", "report.json", "super_weights.safetensors",
+    "model.onnx", "model.onnx.data", skeleton.FILE,
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     *(f"model{fmt.weights_suffix}.index.json" for fmt in FORMATS.values()),
 })  # fmt: skip
@@ -69,20 +74,22 @@ def choose(
     aliases: Mapping[str, str] | None = None,
     *,
     others: Sequence[Mapping[str, Terms]] = (),
+    preferred: str = "compressed-tensors",
+    otherwise: str = "native",
 ) -> tuple[Format, str]:
     """The format of `--format auto` and why, in plain words.
 
-    dense where there are no codes, compressed-tensors where it holds the result, else native.
+    dense where there are no codes, the preferred one where it holds the result, else the other.
     others  what may come out instead and has to be held as well
     """
     if not any(terms.codes is not None for terms in changed.values()):
         return FORMATS["dense"], "no tensor has integer codes: plain tensors hold the result"
-    preferred = FORMATS["compressed-tensors"]
-    reasons = (refusal(preferred, one, infos, config, aliases) for one in (changed, *others))
+    first = FORMATS[preferred]
+    reasons = (refusal(first, one, infos, config, aliases) for one in (changed, *others))
     reason = next((r for r in reasons if r is not None), None)
     if reason is None:
-        return preferred, "transformers and vLLM load it"
-    return FORMATS["native"], f"compressed-tensors cannot hold it: {reason}"
+        return first, _REASONS[preferred]
+    return FORMATS[otherwise], f"{preferred} cannot hold it: {reason}"
 
 
 def slack(
