@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,27 @@ class WeightLoader:
                 hint="`architectures` in config.json must name the class that the weights are of;"
                 " where transformers renames weights, use compress unpack and from_pretrained",
             )
+
+    def source(self, slot: Slot) -> TensorInfo | None:
+        """The stored tensor that fills a place, None where there is none.
+
+        It is the place's own tensor, else that of a place tied to it. Raises InputError where its
+        shape is not the place's.
+        """
+        names = [slot.name, *sorted(tied.name for tied in self.slots[slot.name])]
+        found = next((self._sources[name] for name in names if name in self._sources), None)
+        if found is None:
+            return None
+        info = self.checkpoint.info(found)
+        if info.shape != tuple(slot.own.shape):
+            raise _misfit(info, slot.own)
+        return info
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        """The stored tensor that a name of the model has or is an alias of."""
+        aliases = self.checkpoint.aliases.items()
+        return {self._name_in_model(alias): kept for alias, kept in aliases} | self.stored
 
     def _name_in_model(self, name: str) -> str:
         """The name that the model has for a stored tensor (itself where it has none)."""
