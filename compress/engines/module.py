@@ -60,21 +60,25 @@ class UserModule(nn.Module):
         """What the user's module returns."""
         return self.inner(*arguments, **keywords)
 
-    def prepare(self, images: Array) -> Any:
+    def prepare(self, images: Array) -> torch.Tensor:
         """What the module is called with for images uint8 [n, height, width, channels].
 
         Raises UsageError where the user's `preprocess` fails or loses images.
         """
-        raw = torch.from_numpy(np.ascontiguousarray(images))
+        return self.preprocessed(torch.from_numpy(np.ascontiguousarray(images)))
+
+    def preprocessed(self, images: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor; torch.export may trace it."""
         if self._preprocess is None:
-            return raw.permute(0, 3, 1, 2).to(torch.float32).div(255).contiguous()
+            return images.permute(0, 3, 1, 2).to(torch.float32).div(255).contiguous()
         with _explained(f"{_file_of(self.spec)}: preprocess", f"images {list(images.shape)}"):
-            made = self._preprocess(raw)
-        if not isinstance(made, torch.Tensor) or made.ndim < 1 or len(made) != len(images):
+            made = self._preprocess(images)
+        # shapes, for len() would fix the number of images in a trace
+        if not isinstance(made, torch.Tensor) or made.shape[:1] != images.shape[:1]:
             found = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
             raise UsageError(
                 f"{show(_file_of(self.spec))}: preprocess made {show(str(found))} of"
-                f" {len(images)} images",
+                f" {images.shape[0]} images",
                 hint="it returns one tensor whose first axis counts the images",
             )
         return made
