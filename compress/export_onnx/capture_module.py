@@ -95,12 +95,12 @@ def _example(
 
 
 def _check_batch(ir_model: Any, spec: str) -> None:
-    """Refuse (InputError) a graph that takes or makes just as many samples as it was traced with."""
+    """Refuse (InputError) a graph that is fixed to the samples that it was traced with."""
     for value in [*ir_model.graph.inputs, *ir_model.graph.outputs]:
         if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
             raise InputError(
-                f"{show(spec)}: traced, its {show(value.name)} is fixed to {value.shape[0]} samples",
-                hint="let forward and preprocess take sizes from x.shape; len(x) and int() fix them",
+                f"{show(spec)}: its {show(value.name)} is traced as {value.shape[0]} samples",
+                hint="forward and preprocess may use x.shape; len(x) and int() fix a size",
             )
 
 
