@@ -193,7 +193,8 @@ class _Rewriting:
         zero = 128 if layer.codes.data_type == _UINT8 else 0
         points = np.zeros(1)
         if len(layer.kernel.input) > 2 and layer.kernel.input[2]:
-            points = np.asarray(self.read(self.index.constants[layer.kernel.input[2]]))
+            constant = self.index.constants.get(layer.kernel.input[2])
+            points = np.full(1, -1) if constant is None else np.asarray(self.read(constant))
         if np.any(points != zero):
             return "its codes have zero points"
         if layer.bias is None:
