@@ -1,0 +1,152 @@
+"""onnxruntime-genai's model builder in a child process: offline, silent, without remote code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.errors import CompressError, UsageError, show
+
+MODULE = "onnxruntime_genai.models.builder"
+PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
+PRECISIONS = ("int4", "int8")
+RESULT = ("model.onnx", "genai_config.json")
+_DISTRIBUTIONS = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
+_INSTALL = "pip install onnxruntime-genai onnx-ir"
+_OURS = frozenset({"hf_remote", "accuracy_level", "int4_accuracy_level"})
+_TAIL = 1 << 16  # bytes of the builder's output that its last line is looked for in
+_LINE = 300
+
+
+@dataclass(frozen=True)
+class BuilderOptions:
+    """How the builder is called.
+
+    precision       of what is left in floating point: the layers keep their own widths
+    provider        the execution provider that the graph is made for
+    accuracy_level  of MatMulNBits, 0 to 4; None: as the builder decides (4 on cpu)
+    extra           further KEY=VALUE of its --extra_options
+    """
+
+    precision: str = "int4"
+    provider: str = "cpu"
+    accuracy_level: int | None = None
+    extra: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raises UsageError."""
+        for value, known, what in (
+            (self.precision, PRECISIONS, "precision"),
+            (self.provider, PROVIDERS, "execution provider"),
+        ):
+            if value not in known:
+                raise UsageError(
+                    f"{what} {show(value)}: the builder has none of that name",
+                    hint=f"one of {', '.join(known)}",
+                )
+        if self.accuracy_level is not None and not 0 <= self.accuracy_level <= 4:
+            raise UsageError(f"accuracy level {self.accuracy_level}: it is 0 to 4")
+        for option in self.extra:
+            key, equals, _ = option.partition("=")
+            if not equals or not key:
+                raise UsageError(f"builder option {show(option)}: it is not KEY=VALUE")
+            if key in _OURS:
+                raise UsageError(
+                    f"builder option {show(key)}: not to be given this way",
+                    hint="code of a model's repository is never run"
+                    if key == "hf_remote"
+                    else "the accuracy level has an option of its own",
+                )
+
+    def arguments(self, needed: Mapping[str, str]) -> list[str]:
+        """Arguments after input, output and cache; `needed` is what the layout asks for."""
+        merged = dict(needed)
+        for option in self.extra:
+            key, _, value = option.partition("=")
+            merged[key] = value
+        if self.accuracy_level is not None:
+            merged["accuracy_level"] = str(self.accuracy_level)
+        pairs = [f"{key}={value}" for key, value in merged.items()]
+        return ["-p", self.precision, "-e", self.provider, "--extra_options", *pairs]
+
+
+def installed() -> str | None:
+    """The version of onnxruntime-genai, "unknown" where it does not say, None where it is not."""
+    if importlib.util.find_spec(MODULE.partition(".")[0]) is None:
+        return None
+    for name in _DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def command_line(checkpoint: Path, to: Path, arguments: Sequence[str]) -> str:
+    """The call as a user would type it."""
+    return shlex.join(["python", "-m", MODULE, "-i", str(checkpoint), "-o", str(to), *arguments])
+
+
+def build(checkpoint: Path, to: Path, scratch: Path, arguments: Sequence[str]) -> None:
+    """Run the builder on the layout in `checkpoint`; its files go to `to`.
+
+    `scratch` is an existing folder for its cache and its output. Raises CompressError.
+    """
+    log = scratch / "builder.log"
+    command = [sys.executable, "-m", MODULE, "-i", str(checkpoint), "-o", str(to)]
+    command += ["-c", str(scratch / "cache"), *arguments]
+    with open(log, "wb") as output:
+        done = subprocess.run(
+            command,
+            cwd=scratch,
+            env=os.environ | _ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        raise _failed(done.returncode, _last_line(log))
+    if missing := [name for name in RESULT if not (to / name).is_file()]:
+        raise CompressError(f"onnxruntime-genai's builder ended well, but wrote no {missing[0]}")
+
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONSAFEPATH": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def _failed(returncode: int, last: str) -> CompressError:
+    if returncode < 0:
+        return CompressError(
+            f"onnxruntime-genai's builder was ended by signal {-returncode}",
+            hint="it holds the whole model in memory; without the builder only the layout is"
+            " written"
+            if returncode == -9
+            else None,
+        )
+    missing = last.startswith("ModuleNotFoundError")
+    return CompressError(
+        f"onnxruntime-genai's builder failed: {last or f'exit code {returncode}'}",
+        hint=_INSTALL if missing else "without the builder only the layout is written",
+    )
+
+
+def _last_line(log: Path) -> str:
+    """What the builder said last, safe to print."""
+    with open(log, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+        text = file.read().decode("utf-8", "replace")
+    lines = [line.strip() for line in text.replace("\r", "\n").split("\n")]
+    return show(next((line for line in reversed(lines) if line), ""), _LINE)
