@@ -19,6 +19,7 @@ from compress.errors import InputError, VerifyError, show
 NAME = "manifest.json"
 VERSION = 1
 TOOL = "compress-checkpoints"
+GENAI = "genai"  # the format of what `export --to genai` wrote: no checkpoint of ours
 _MAX_BYTES = 256 << 20
 
 

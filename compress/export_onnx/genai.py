@@ -68,12 +68,12 @@ def write_genai(
             files = _write_layout(checkpoint, layout, stage, progress)
             checkpoint.check_unchanged()
             if version is not None:
-                _build(stage, arguments, files, progress)
+                _build(stage, arguments, options.provider, files, progress)
             body = manifest.build(
                 files,
                 source={"fingerprint": checkpoint.fingerprint()},
                 recipe={"genai": {"arguments": arguments, "builder": version}},
-                format_name="genai",
+                format_name=manifest.GENAI,
                 run={"seconds": round(time.perf_counter() - started, 3)},
             )
             stage.write_file(manifest.NAME, body)
@@ -171,13 +171,19 @@ def _write_json(stage: Stage, name: str, content: Any, files: dict[str, FileReco
 
 
 def _build(
-    stage: Stage, arguments: list[str], files: dict[str, FileRecord], progress: Progress
+    stage: Stage,
+    arguments: list[str],
+    provider: str,
+    files: dict[str, FileRecord],
+    progress: Progress,
 ) -> None:
-    """Call the builder in the stage and take up the files that it made."""
+    """Call the builder in the stage, try its result, and take up the files that it made."""
     progress("build", 0, 1)
     scratch = stage.folder / "builder"
     scratch.mkdir()
     genai_builder.build(stage.path / CHECKPOINT, stage.path, scratch, arguments)
+    if provider == "cpu":  # the device of another provider may be elsewhere
+        genai_builder.try_out(stage.path, scratch)
     for name, _ in manifest.entries_of(stage.path):
         if name not in files:
             files[name] = manifest.record_of(stage.path, name)

@@ -21,8 +21,26 @@ RESULT = ("model.onnx", "genai_config.json")
 _DISTRIBUTIONS = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
 _INSTALL = "pip install onnxruntime-genai onnx-ir"
 _OURS = frozenset({"hf_remote", "accuracy_level", "int4_accuracy_level"})
+_ALONE = "without the builder only the layout is written"
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONSAFEPATH": "1",
+}
+_ONE_TOKEN = """
+import sys
+import numpy as np
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+params = og.GeneratorParams(model)
+params.set_search_options(max_length=8)
+generator = og.Generator(model, params)
+generator.append_tokens(np.array([0, 1], np.int32))
+generator.generate_next_token()
+"""
 _TAIL = 1 << 16  # bytes of the builder's output that its last line is looked for in
-_LINE = 300
+_LINE = 400
 
 
 @dataclass(frozen=True)
@@ -99,12 +117,34 @@ def build(checkpoint: Path, to: Path, scratch: Path, arguments: Sequence[str]) -
 
     `scratch` is an existing folder for its cache and its output. Raises CompressError.
     """
-    log = scratch / "builder.log"
-    command = [sys.executable, "-m", MODULE, "-i", str(checkpoint), "-o", str(to)]
+    command = ["-m", MODULE, "-i", str(checkpoint), "-o", str(to)]
     command += ["-c", str(scratch / "cache"), *arguments]
+    returncode, last = _run(command, scratch)
+    if returncode:
+        raise _failed(returncode, last)
+    if missing := [name for name in RESULT if not (to / name).is_file()]:
+        raise CompressError(f"onnxruntime-genai's builder ended well, but wrote no {missing[0]}")
+
+
+def try_out(model: Path, scratch: Path) -> None:
+    """Let the engine write one token with what was built: not every graph that is built runs.
+
+    Raises CompressError with what the engine said.
+    """
+    returncode, last = _run(["-c", _ONE_TOKEN, str(model)], scratch)
+    if returncode:
+        raise CompressError(
+            f"the model was built, but onnxruntime-genai does not run it: {last or returncode}",
+            hint=f"compress export --to onnx takes more shapes; {_ALONE}",
+        )
+
+
+def _run(arguments: Sequence[str], scratch: Path) -> tuple[int, str]:
+    """The exit code of Python with these arguments, and the last line that it wrote."""
+    log = scratch / "log"
     with open(log, "wb") as output:
         done = subprocess.run(
-            command,
+            [sys.executable, *arguments],
             cwd=scratch,
             env=os.environ | _ENVIRONMENT,
             stdin=subprocess.DEVNULL,
@@ -112,34 +152,19 @@ def build(checkpoint: Path, to: Path, scratch: Path, arguments: Sequence[str]) -
             stderr=subprocess.STDOUT,
             check=False,
         )
-    if done.returncode:
-        raise _failed(done.returncode, _last_line(log))
-    if missing := [name for name in RESULT if not (to / name).is_file()]:
-        raise CompressError(f"onnxruntime-genai's builder ended well, but wrote no {missing[0]}")
-
-
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "PYTHONSAFEPATH": "1",
-    "PYTHONUNBUFFERED": "1",
-}
+    return done.returncode, _last_line(log)
 
 
 def _failed(returncode: int, last: str) -> CompressError:
     if returncode < 0:
         return CompressError(
             f"onnxruntime-genai's builder was ended by signal {-returncode}",
-            hint="it holds the whole model in memory; without the builder only the layout is"
-            " written"
-            if returncode == -9
-            else None,
+            hint=f"it holds the whole model in memory; {_ALONE}" if returncode == -9 else None,
         )
     missing = last.startswith("ModuleNotFoundError")
     return CompressError(
         f"onnxruntime-genai's builder failed: {last or f'exit code {returncode}'}",
-        hint=_INSTALL if missing else "without the builder only the layout is written",
+        hint=_INSTALL if missing else _ALONE,
     )
 
 
