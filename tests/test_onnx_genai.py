@@ -274,7 +274,9 @@ class Model:
             raise RuntimeError("head_size shall be a multiple of 16")
 class GeneratorParams:
     def __init__(self, model): pass
-    def set_search_options(self, **options): pass
+    def set_search_options(self, max_length):
+        if max_length != 128:
+            raise RuntimeError(f"a window of 4096 in a context of 128 gave {max_length}")
 class Generator:
     def __init__(self, model, params): pass
     def append_tokens(self, tokens): pass
@@ -290,7 +292,8 @@ print("Reading layer 0")
 SCENARIO
 (to / "model.onnx").write_text("graph")
 (to / "model.onnx.data").write_bytes(bytes(100))
-config = {"arguments": sys.argv[11:], "seen": seen, "offline": os.environ["HF_HUB_OFFLINE"]}
+config = {"model": {"context_length": 128}, "arguments": sys.argv[11:], "seen": seen}
+config["offline"] = os.environ["HF_HUB_OFFLINE"]
 (to / "genai_config.json").write_text(json.dumps(config))
 """
 
@@ -316,6 +319,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 def out(tmp_path: Path) -> Path:
     model = tiny_llama(tmp_path / "m", layers=1)
     (model / "tokenizer.json").write_text("{}")
+    edit_config(model, sliding_window=4096)
     return compressed(model, tmp_path / "out", "quantize:bits=4,group=32")
 
 
@@ -343,7 +347,7 @@ def test_the_builder_is_called_where_it_is_installed(
     assert "model.onnx" in body["summary"]
     assert body["files"]["model.onnx.data"] == 100
     assert sum(body["files"].values()) == body["bytes"] > body["layout_bytes"]
-    assert seen[-1] == ("build", 1, 1)
+    assert seen[-4:] == [("build", 0, 1), ("build", 1, 1), ("try", 0, 1), ("try", 1, 1)]
     listed = manifest.read(to)["files"]
     assert set(listed) == set(body["files"])
     assert verify_output(to)["files"] == len(listed)

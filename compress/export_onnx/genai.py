@@ -30,6 +30,7 @@ from compress.run import Progress, silent
 from compress.tensor import TensorInfo
 
 CHECKPOINT = "checkpoint"
+_SCRATCH = "builder"  # in the stage, never published
 _BLOCK = 64 << 20
 
 
@@ -68,7 +69,9 @@ def write_genai(
             files = _write_layout(checkpoint, layout, stage, progress)
             checkpoint.check_unchanged()
             if version is not None:
-                _build(stage, arguments, options.provider, files, progress)
+                _build(stage, arguments, files, progress)
+                if options.provider == "cpu":  # the device of another may be elsewhere
+                    _try_out(stage, layout, progress)
             body = manifest.build(
                 files,
                 source={"fingerprint": checkpoint.fingerprint()},
@@ -171,25 +174,29 @@ def _write_json(stage: Stage, name: str, content: Any, files: dict[str, FileReco
 
 
 def _build(
-    stage: Stage,
-    arguments: list[str],
-    provider: str,
-    files: dict[str, FileRecord],
-    progress: Progress,
+    stage: Stage, arguments: list[str], files: dict[str, FileRecord], progress: Progress
 ) -> None:
-    """Call the builder in the stage, try its result, and take up the files that it made."""
+    """Call the builder in the stage and take up the files that it made."""
     progress("build", 0, 1)
-    scratch = stage.folder / "builder"
+    scratch = stage.folder / _SCRATCH
     scratch.mkdir()
     genai_builder.build(stage.path / CHECKPOINT, stage.path, scratch, arguments)
-    if provider == "cpu":  # the device of another provider may be elsewhere
-        genai_builder.try_out(stage.path, scratch)
     for name, _ in manifest.entries_of(stage.path):
         if name not in files:
             files[name] = manifest.record_of(stage.path, name)
             with open(os.path.join(stage.path, name), "rb") as made:
                 stage.sync(made.fileno())
     progress("build", 1, 1)
+
+
+def _try_out(stage: Stage, layout: Layout, progress: Progress) -> None:
+    """The engine must run what was built."""
+    progress("try", 0, 1)
+    window = layout.config.get("sliding_window")
+    genai_builder.try_out(
+        stage.path, stage.folder / _SCRATCH, window=window if isinstance(window, int) else 0
+    )
+    progress("try", 1, 1)
 
 
 def _body(

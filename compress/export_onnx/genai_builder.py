@@ -29,12 +29,14 @@ _ENVIRONMENT = {
     "PYTHONSAFEPATH": "1",
 }
 _ONE_TOKEN = """
-import sys
+import json, pathlib, sys
 import numpy as np
 import onnxruntime_genai as og
+config = json.loads((pathlib.Path(sys.argv[1]) / "genai_config.json").read_text())
 model = og.Model(sys.argv[1])
 params = og.GeneratorParams(model)
-params.set_search_options(max_length=8)
+length = min(config["model"]["context_length"], max(8, int(sys.argv[2])))
+params.set_search_options(max_length=length)
 generator = og.Generator(model, params)
 generator.append_tokens(np.array([0, 1], np.int32))
 generator.generate_next_token()
@@ -126,12 +128,13 @@ def build(checkpoint: Path, to: Path, scratch: Path, arguments: Sequence[str]) -
         raise CompressError(f"onnxruntime-genai's builder ended well, but wrote no {missing[0]}")
 
 
-def try_out(model: Path, scratch: Path) -> None:
+def try_out(model: Path, scratch: Path, *, window: int = 0) -> None:
     """Let the engine write one token with what was built: not every graph that is built runs.
 
+    `window` is the tokens that a sliding window of attention sees; the cache must hold as many.
     Raises CompressError with what the engine said.
     """
-    returncode, last = _run(["-c", _ONE_TOKEN, str(model)], scratch)
+    returncode, last = _run(["-c", _ONE_TOKEN, str(model), str(window)], scratch)
     if returncode:
         raise CompressError(
             f"the model was built, but onnxruntime-genai does not run it: {last or returncode}",
