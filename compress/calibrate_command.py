@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.errors import UsageError, show
+from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from compress.calibrate.inputs import Inputs
@@ -67,6 +67,7 @@ def calibrate(
     """Measure a model's inputs: what the passes of a recipe want to know."""
     from compress.calibrate.calibrate import Settings
     from compress.calibrate.calibrate import calibrate as run
+    from compress.checkpoint import open_checkpoint
     from compress.plan import Options, make_plan
     from compress.recipe import read_recipe
     from compress.terminal import emit, leave_threads_to_torch, progress_bar
@@ -77,7 +78,7 @@ def calibrate(
 
         torch.set_num_threads(threads)
     given = {"text": text, "sentences": sentences, "ids": ids, "images": images}
-    with _opened(model, allow_pickle) as checkpoint:
+    with open_checkpoint(model, allow_pickle=allow_pickle) as checkpoint:
         plan = make_plan(checkpoint, read_recipe(recipe), Options(module=module), calibrated=True)
         inputs = read_inputs(
             checkpoint, given, documents=documents, samples=samples, length=length, seed=seed
@@ -89,19 +90,6 @@ def calibrate(
         typer.echo(f"warning: {warning}", err=True)
     body = result.body
     emit(body, json, lambda: typer.echo(_summary(body, inputs.description)))
-
-
-def _opened(model: Path, allow_pickle: bool) -> Checkpoint:
-    """A checkpoint, or what is known of an .onnx file's weights."""
-    if model.suffix.lower() == ".onnx":
-        from compress.engines.onnx_graph import OnnxWeights
-
-        if not model.is_file():
-            raise UsageError(f"{show(str(model))}: no such file", hint="name an .onnx file")
-        return OnnxWeights(model)
-    from compress.checkpoint import open_checkpoint
-
-    return open_checkpoint(model, allow_pickle=allow_pickle)
 
 
 def read_inputs(

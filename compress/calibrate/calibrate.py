@@ -207,7 +207,7 @@ def calibrate(
 def engine_of(checkpoint: Checkpoint, module: str | None, inputs: Inputs) -> tuple[str, Collector]:
     """The engine's name and its function. Raises UsageError where none fits."""
     name = "module" if module is not None else "hf"
-    if module is None and checkpoint.path.suffix.lower() == ".onnx":
+    if module is None and checkpoint.graph is not None:
         name = "onnx"
     if name == "hf" and IDS not in inputs.arrays:
         raise UsageError(

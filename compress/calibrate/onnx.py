@@ -13,7 +13,8 @@ from compress.calibrate.collect import SiteSums, unfolded
 from compress.calibrate.inputs import IDS, IMAGES
 from compress.calibrate.statistics import SITE_KINDS
 from compress.calibrate.writer import StatisticsWriter
-from compress.engines.onnx_graph import OnnxGraph, OnnxWeights, Use
+from compress.checkpoint.onnx_uses import Use
+from compress.engines.onnx_graph import OnnxGraph, onnx_graph
 from compress.errors import InputError, UsageError, show
 from compress.evaluate.onnx_outputs import Onnx
 from compress.run import Progress
@@ -29,18 +30,15 @@ def collect_onnx(request: Request, writer: StatisticsWriter, progress: Progress)
     Raises UsageError for statistics that only an engine with gradients can collect and for weights
     that no MatMul, Gemm or Conv reads; InputError where onnxruntime cannot run the file.
     """
-    checkpoint = request.checkpoint
-    if not isinstance(checkpoint, OnnxWeights):
-        raise UsageError(f"{show(str(checkpoint.path))}: no .onnx file")
+    graph = onnx_graph(request.checkpoint)
     for name, kinds in request.needed.items():
         if other := sorted(kinds - SITE_KINDS):
             raise UsageError(
                 f"tensor {show(name)}: {other[0]} cannot be collected from an .onnx file",
                 hint="calibrate the checkpoint that it was exported from",
             )
-    graph = checkpoint.graph
     wanted = {n: k & SITE_KINDS for n, k in request.wanted.items() if k & SITE_KINDS}
-    uses = {name: tuple(graph.uses[name]) for name in wanted if name in graph.uses}
+    uses = {name: graph.uses[name] for name in wanted if name in graph.uses}
     request.check_reached(uses)
     if uses and _SITES not in writer.steps:
         _sites(graph, uses, request, writer, progress)
@@ -56,7 +54,7 @@ def _sites(
     progress: Progress,
 ) -> None:  # fmt: skip
     """Weights with the same inputs are one site; one that is used often has all of them."""
-    infos = {info.name: info for info in graph.infos}
+    infos = {info.name: info for info in request.checkpoint.infos()}
     members: dict[tuple[_Key, int], list[str]] = {}
     for name, key in uses.items():
         members.setdefault((key, infos[name].matrix_shape[1]), []).append(name)
@@ -66,7 +64,7 @@ def _sites(
         geometry = key[0].geometry
         sums[key, columns] = SiteSums(kinds, columns, 1 if geometry is None else geometry.groups)
     values = sorted({use.value for key in uses.values() for use in key})
-    runner = Onnx(graph.path, graph.exposed([v for v in values if v not in _given(graph)]))
+    runner = Onnx(graph.path, graph.exposed([v for v in values if v not in graph.inputs]))
     request = _in_batches_that_fit(request, runner)
     batches = request.batches()
     for number, (held_out, _, arrays) in enumerate(batches):
@@ -79,11 +77,6 @@ def _sites(
     progress("calibrating", len(batches), len(batches))
     for site, one in sums.items():
         writer.add_site(members[site], one)
-
-
-def _given(graph: OnnxGraph) -> set[str]:
-    """The graph's own inputs, which are known without running it."""
-    return {value.name for value in graph.model.graph.input}
 
 
 def _values(runner: Onnx, inputs: dict[str, Any], names: list[str]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from compress.errors import InputError, show
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".th", ".ckpt")
 INDEX_SUFFIX = ".index.json"
+ONNX_SUFFIX = ".onnx"
 
 # Weights in any format: never copied beside a compressed model, where they would be a second,
 # different model. `*.onnx_data` and `*.onnx.data` hold the tensors of an ONNX graph.
@@ -39,6 +40,7 @@ class Layout:
     index: str | None = None
     file: str | None = None
     is_torch: bool = False
+    is_onnx: bool = False
     warnings: list[str] = field(default_factory=list)
 
 
@@ -54,24 +56,34 @@ class Sidecars:
 def find_weights(directory: str, shown: str) -> Layout:
     """Decide which files of `directory` are the checkpoint. Raises InputError if that is unclear.
 
-    safetensors wins over PyTorch files, the usual name over other names, an index over a file.
+    safetensors wins over PyTorch files and these over ONNX, the usual name over other names, an
+    index over a file. Beside an .onnx file, a .bin file of any name but the usual one holds its
+    tensors.
     """
     names = _names(directory, shown)
+    graphs = [name for name in names if name.endswith(ONNX_SUFFIX)]
     for suffixes, usual in (((".safetensors",), "model"), (TORCH_SUFFIXES, "pytorch_model")):
         is_torch = suffixes is TORCH_SUFFIXES
         files = [name for name in names if name.endswith(suffixes)]
         if is_torch:
             files = [n for n in files if not any(fnmatch(n, p) for p in _TRAINING_STATE)]
+            if graphs:
+                files = [n for n in files if not n.endswith(".bin") or n.startswith(usual)]
         indexes = [name for name in names if name.endswith(f"{suffixes[0]}{INDEX_SUFFIX}")]
         layout = _choose(files, indexes, usual + suffixes[0], shown)
         if layout is not None:
             layout.is_torch = is_torch
             return layout
+    layout = _choose(graphs, [], "model.onnx", shown)
+    if layout is not None:
+        layout.is_onnx = True
+        return layout
     others = [name for name in names if any(fnmatch(name, pattern) for pattern in _WEIGHTS)]
     found = f"; it holds {_listed(others)}" if others else ""
     raise InputError(
         f"{show(shown)}: no weights here: looked for model.safetensors,"
-        f" model.safetensors.index.json, a single *.safetensors and pytorch_model.bin{found}"
+        f" model.safetensors.index.json, a single *.safetensors, pytorch_model.bin and"
+        f" model.onnx{found}"
     )
 
 

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,17 +18,19 @@ from numpy.typing import NDArray
 from compress.checkpoint.config import code_keys, parse_config
 from compress.checkpoint.directory import (
     INDEX_SUFFIX,
+    ONNX_SUFFIX,
     TORCH_SUFFIXES,
+    Layout,
     check_strays,
     find_sidecars,
     find_weights,
 )
 from compress.checkpoint.files import InputFile, open_inside, open_typed, read_error
 from compress.checkpoint.index import Index, check_against_shards, read_index
-from compress.checkpoint.safetensors import Header, read_header
+from compress.checkpoint.safetensors import Entry, Header, read_header
 from compress.errors import InputError, UsageError, show
 from compress.roles import assign_roles, refuse_quantized
-from compress.tensor import DTYPES, Array, TensorInfo
+from compress.tensor import DTYPES, Array, Role, TensorInfo
 
 # The entry of `__metadata__` under which this tool records the tensors that it changed. It stands
 # here, below the formats that write it, because whoever opens a checkpoint has to know it.
@@ -47,7 +49,9 @@ class AlreadyCompressed(InputError):
 class _Shard:
     """One weight file: the file that was named, and the safetensors file its data is read from.
 
-    They differ for PyTorch files, whose tensors were moved into an unnamed temporary file.
+    They differ for PyTorch files, whose tensors were moved into an unnamed temporary file. The
+    tensors in `moved` are those of an .onnx file that lie in one: name -> offset in `spill`.
+    `roles` are known where a graph says them.
     """
 
     file: InputFile
@@ -55,10 +59,27 @@ class _Shard:
     header: Header
     aliases: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    moved: dict[str, int] = field(default_factory=dict)
+    spill: InputFile | None = None
+    roles: dict[str, Role] = field(default_factory=dict)
+
+    def place(self, entry: Entry) -> tuple[InputFile, int]:
+        """The file that a tensor is read from, and where in it."""
+        if self.spill is not None and entry.name in self.moved:
+            return self.spill, self.moved[entry.name]
+        return self.data, entry.offset
 
     def close(self) -> None:
         self.file.close()
         self.data.close()
+        if self.spill is not None:
+            self.spill.close()
+
+
+@dataclass(frozen=True)
+class _Onnx:
+    graph: bytes
+    path: Path
 
 
 class Checkpoint:
@@ -66,6 +87,8 @@ class Checkpoint:
 
     path          the directory or file that was named
     directory     the real directory, None for a lone file
+    graph         the skeleton (compress/checkpoint/skeleton.py) of an .onnx file, else None
+    graph_path    that .onnx file
     config        config.json, parsed strictly; config_bytes are the bytes it was read from
     metadata      merged `__metadata__` of the weight files
     aliases       tied tensors: name that is not stored -> name that is
@@ -79,6 +102,8 @@ class Checkpoint:
     def __init__(self, path: Path, directory: Path | None, shards: dict[str, _Shard]) -> None:
         self.path = path
         self.directory = directory
+        self.graph: bytes | None = None
+        self.graph_path: Path | None = None
         self.config: dict[str, Any] | None = None
         self.config_bytes: bytes | None = None
         self.metadata: dict[str, str] = {}
@@ -111,6 +136,11 @@ class Checkpoint:
             for key, value in self.metadata.items()
             if key != RECORD_KEY and key not in self.aliases
         }
+
+    @property
+    def weight_files(self) -> dict[str, int]:
+        """Bytes of every weight file by its name, those without a tensor of their own included."""
+        return {name: shard.file.size for name, shard in self._shards.items()}
 
     def infos(self) -> list[TensorInfo]:
         """Every tensor, by (file, offset), from headers alone, with its role."""
@@ -226,21 +256,25 @@ class Checkpoint:
     def _load_headers(self, allow_quantized: bool) -> None:
         infos: list[TensorInfo] = []
         for name, shard in self._shards.items():
-            addressable = shard.data is shard.file
             for entry in shard.header.entries:
-                offset = entry.offset if addressable else -1
+                data, offset = shard.place(entry)
+                offset = offset if data is shard.file else -1
                 infos.append(
                     TensorInfo(entry.name, name, entry.dtype, entry.shape, entry.nbytes, offset)
                 )
             self.metadata.update(shard.header.metadata)
             self.warnings.extend(shard.warnings)
-        if not allow_quantized:
-            refuse_quantized(infos)
-        self._infos = assign_roles(infos, self.config)
+        known: dict[str, Role] = {}
+        for shard in self._shards.values():
+            known.update(shard.roles)
+        if self.graph is not None:
+            self._infos = [replace(info, role=known[info.name]) for info in infos]
+        else:
+            if not allow_quantized:
+                refuse_quantized(infos)
+            self._infos = assign_roles(infos, self.config)
         positions = (
-            (shard.data, entry.offset)
-            for shard in self._shards.values()
-            for entry in shard.header.entries
+            shard.place(entry) for shard in self._shards.values() for entry in shard.header.entries
         )
         for info, (file, offset) in zip(self._infos, positions, strict=True):
             self._by_name[info.name] = (info, file, offset)
@@ -287,13 +321,25 @@ def _collector_paused() -> Iterator[None]:
 
 def _open(path: Path, allow_pickle: bool, allow_quantized: bool) -> Checkpoint:
     shards: dict[str, _Shard] = {}
+    onnx: _Onnx | None = None
     try:
-        if path.name.endswith(INDEX_SUFFIX) and path.is_file():
+        if path.suffix.lower() == ONNX_SUFFIX and not path.is_dir():
+            directory = os.path.realpath(path.parent)
+            onnx = _open_onnx(shards, directory, path.name, open_typed(path), allow_quantized)
+            warnings = []
+        elif path.name.endswith(INDEX_SUFFIX) and path.is_file():
             directory = os.path.realpath(path.parent)
             warnings = _open_index(shards, directory, path.name, allow_pickle)
         elif path.is_dir():
             directory = os.path.realpath(path)
-            warnings = _open_directory(shards, directory, str(path), allow_pickle)
+            layout = find_weights(directory, str(path))
+            warnings = layout.warnings
+            if layout.is_onnx:
+                name = layout.file or ""
+                file = open_inside(directory, name)
+                onnx = _open_onnx(shards, directory, name, file, allow_quantized)
+            else:
+                warnings = warnings + _open_directory(shards, directory, layout, allow_pickle)
         else:
             directory = ""
             warnings = []
@@ -302,8 +348,14 @@ def _open(path: Path, allow_pickle: bool, allow_quantized: bool) -> Checkpoint:
             _refuse_own_output(shards, str(path))
         checkpoint = Checkpoint(path, Path(directory) if directory else None, shards)
         checkpoint.warnings.extend(warnings)
-        if directory:
-            _add_surroundings(checkpoint, directory, allow_quantized)
+        if onnx is not None:
+            checkpoint.graph, checkpoint.graph_path = onnx.graph, onnx.path
+        if onnx is not None and not path.is_dir():
+            # Named alone, it has no sidecars; a config beside it says which tokenizer is meant.
+            _add_config(checkpoint, directory, allow_quantized=True)
+        elif directory:
+            _add_config(checkpoint, directory, allow_quantized)
+            _add_sidecars(checkpoint, directory)
         checkpoint._load_headers(allow_quantized)
     except BaseException as error:
         for shard in shards.values():
@@ -324,14 +376,41 @@ def _refuse_own_output(shards: dict[str, _Shard], shown: str) -> None:
 
 
 def _open_directory(
-    shards: dict[str, _Shard], directory: str, shown: str, allow_pickle: bool
+    shards: dict[str, _Shard], directory: str, layout: Layout, allow_pickle: bool
 ) -> list[str]:
-    layout = find_weights(directory, shown)
     if layout.index is not None:
-        return layout.warnings + _open_index(shards, directory, layout.index, allow_pickle)
+        return _open_index(shards, directory, layout.index, allow_pickle)
     name = layout.file or ""
     shards[name] = _open_shard(open_inside(directory, name), allow_pickle)
-    return layout.warnings
+    return []
+
+
+def _open_onnx(
+    shards: dict[str, _Shard], directory: str, name: str, file: InputFile, allow_quantized: bool
+) -> _Onnx:
+    """One shard for the .onnx file itself, and one for every file beside it that it names."""
+    from compress.checkpoint.onnx_file import read_onnx
+
+    try:
+        found = read_onnx(file, directory, allow_quantized=allow_quantized)
+    except BaseException:
+        file.close()
+        raise
+    files = {name: file, **found.external}
+    entries: dict[str, list[Entry]] = {one: [] for one in files}
+    for tensor in found.tensors:
+        info = tensor.info
+        held = entries[name if tensor.data is found.spill else info.file]
+        held.append(Entry(info.name, info.dtype, info.shape, tensor.offset, info.nbytes))
+    for one, opened in files.items():
+        raw = found.graph if one == name else b""
+        shards[one] = _Shard(opened, opened, Header(entries[one], {}, raw))
+    own = shards[name]
+    own.spill = found.spill
+    own.moved = {t.info.name: t.offset for t in found.tensors if t.data is found.spill}
+    own.roles = {t.info.name: t.info.role for t in found.tensors}
+    own.warnings = found.warnings
+    return _Onnx(found.graph, Path(directory) / name)
 
 
 def _open_index(
@@ -394,8 +473,8 @@ def _looks_like_torch(file: InputFile) -> bool:
     return start.startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
-def _add_surroundings(checkpoint: Checkpoint, directory: str, allow_quantized: bool) -> None:
-    """Read config.json and list the sidecars."""
+def _add_config(checkpoint: Checkpoint, directory: str, allow_quantized: bool) -> None:
+    """Read config.json where there is one."""
     if os.path.lexists(os.path.join(directory, "config.json")):
         file = open_inside(directory, "config.json")
         try:
@@ -404,6 +483,10 @@ def _add_surroundings(checkpoint: Checkpoint, directory: str, allow_quantized: b
             )
         finally:
             file.close()
+
+
+def _add_sidecars(checkpoint: Checkpoint, directory: str) -> None:
+    """List the files that travel with the weights, and what of them names code."""
     used = {*checkpoint._shards, "config.json"}
     found = find_sidecars(directory, used)
     checkpoint.sidecars = found.files
