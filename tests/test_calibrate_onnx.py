@@ -268,7 +268,7 @@ def test_data_elsewhere_is_refused(tmp_path: Path, location: str) -> None:
 def test_what_is_no_graph_or_needs_foreign_code_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"\xff\xfe not a graph")
-    with pytest.raises(InputError, match="no ONNX model|damaged"):
+    with pytest.raises(InputError, match=r"no ONNX model, or a damaged one"):
         open_checkpoint(broken)
     (tmp_path / "empty.onnx").write_bytes(b"")
     with pytest.raises(InputError, match="the file is empty"):
@@ -278,7 +278,7 @@ def test_what_is_no_graph_or_needs_foreign_code_is_refused(tmp_path: Path) -> No
         helper.make_node("MatMul", ["s", "a"], ["y"]),
     ]
     path = write(tmp_path / "custom.onnx", nodes, weights(a=(6, 5)))
-    with pytest.raises(InputError, match="unknown operator domain 'com.example'"):
+    with pytest.raises(InputError, match=r"unknown operator domain 'com\.example'"):
         collected(path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from toolbox import tiny_llama
 
-GROUPS = ("st", "fs", "shard", "pickle", "cfg")
+GROUPS = ("st", "fs", "shard", "pickle", "cfg", "onnx")
 
 
 def command(record: dict[str, Any], corpus: Path, model: Path) -> list[str]:

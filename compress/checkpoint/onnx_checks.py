@@ -9,7 +9,7 @@ from compress.checkpoint.onnx_tensors import check_inline
 from compress.checkpoint.onnx_uses import STANDARD
 from compress.errors import InputError, show
 
-MAX_DEPTH = 32  # of graphs in nodes of graphs
+MAX_DEPTH = 24  # of graphs in nodes of graphs; protobuf itself stops at 32
 # Domains whose operators onnx and onnxruntime bring; no others are ever loaded.
 DOMAINS = frozenset({
     "", "ai.onnx", "ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft",
@@ -30,31 +30,28 @@ def check_model(model: Any, where: str) -> None:
     where  the file's name, safe to print
     """
     if not model.HasField("graph") or not model.graph.node:
-        raise InputError(f"{where}: a graph without nodes", hint="is this an ONNX model?")
+        raise _refused(f"{where}: a graph without nodes", hint="is this an ONNX model?")
     if not model.graph.output:
-        raise InputError(f"{where}: a graph without outputs")
+        raise _refused(f"{where}: a graph without outputs")
     imports = _imports(model.opset_import, where)
     if not imports:
-        raise InputError(
-            f"{where}: no opset_import, so what its operators do is not known",
-            hint="export the model again",
-        )
+        raise _refused(f"{where}: no opset_import, so what its operators do is not known")
     functions = {(_domain(f.domain), f.name) for f in model.functions}
     if len(functions) != len(model.functions):
-        raise InputError(f"{where}: two functions with one name")
+        raise _refused(f"{where}: two functions with one name")
     for graph, depth in _graphs(model.graph):
         if depth > MAX_DEPTH:
-            raise InputError(f"{where}: graphs inside of graphs, more than {MAX_DEPTH} levels deep")
+            raise _refused(f"{where}: graphs inside of graphs, more than {MAX_DEPTH} levels deep")
         _check_graph(graph, imports, functions, where, is_main=depth == 0)
     for function in model.functions:
         if not function.name or _domain(function.domain) in STANDARD:
-            raise InputError(
+            raise _refused(
                 f"{where}: function '{show(function.name)}' stands for an operator of ONNX itself"
             )
         own = _imports(function.opset_import, where)
         for graph, depth in _graphs(function):
             if depth > MAX_DEPTH:
-                raise InputError(f"{where}: function '{show(function.name)}' is nested too deep")
+                raise _refused(f"{where}: function '{show(function.name)}' is nested too deep")
             _check_nodes(graph, own | imports, functions, where)
             if depth:
                 _check_inner(graph, where)
@@ -78,7 +75,7 @@ def refuse_coded(model: Any, where: str) -> None:
         codes = [t for t in read if t is not None and t.data_type in _CODES]
         if codes:
             worst = max(codes, key=lambda tensor: len(tensor.dims))
-            raise InputError(
+            raise _refused(
                 f"{where}: tensor '{show(worst.name)}': integer codes for node"
                 f" '{show(node.name or node.output[0])}' ({show(node.op_type)}): the model is"
                 " already quantized",
@@ -90,6 +87,10 @@ def _is_coded(kind: str) -> bool:
     return kind in _CODED or kind.startswith(("QLinear", "QOrdered"))
 
 
+def _refused(message: str, *, hint: str = "export the model again") -> InputError:
+    return InputError(message, hint=hint)
+
+
 def _check_graph(
     graph: Any, imports: set[str], functions: set[tuple[str, str]], where: str, *, is_main: bool
 ) -> None:
@@ -98,9 +99,9 @@ def _check_graph(
         t.values.name for t in graph.sparse_initializer
     ]:
         if not name or name == "__metadata__":
-            raise InputError(f"{where}: an initializer called '{show(name)}'")
+            raise _refused(f"{where}: an initializer called '{show(name)}'")
         if name in seen:
-            raise InputError(f"{where}: tensor '{show(name)}': two initializers with this name")
+            raise _refused(f"{where}: tensor '{show(name)}': two initializers with this name")
         seen.add(name)
     _check_nodes(graph, imports, functions, where)
     given = seen | {value.name for value in graph.input}
@@ -108,7 +109,7 @@ def _check_graph(
         for name in node.output:
             if name and name in given:
                 what = "an initializer" if name in seen else "an input or another node's output"
-                raise InputError(
+                raise _refused(
                     f"{where}: tensor '{show(name)}': the output of node"
                     f" '{show(node.name or node.op_type)}' is {what} as well"
                 )
@@ -131,16 +132,15 @@ def _check_nodes(
         domain = _domain(node.domain)
         called = f"node '{show(node.name or ', '.join(node.output))}' ({show(node.op_type)})"
         if not node.op_type:
-            raise InputError(f"{where}: node '{show(node.name)}' has no operator")
+            raise _refused(f"{where}: node '{show(node.name)}' has no operator")
         if (domain, node.op_type) not in functions and domain not in DOMAINS:
-            raise InputError(
+            raise _refused(
                 f"{where}: {called}: unknown operator domain '{show(domain)}'",
                 hint="only operators that onnxruntime brings are read, and no others are loaded",
             )
         if domain not in imports:
-            raise InputError(
-                f"{where}: {called}: operator domain '{show(domain)}' is in no opset_import",
-                hint="export the model again",
+            raise _refused(
+                f"{where}: {called}: operator domain '{show(domain)}' is in no opset_import"
             )
         for attribute in node.attribute:
             if attribute.HasField("t"):
@@ -176,7 +176,7 @@ def _imports(entries: Any, where: str) -> set[str]:
     for entry in entries:
         domain = _domain(entry.domain)
         if found.setdefault(domain, entry.version) != entry.version:
-            raise InputError(f"{where}: two versions of operator domain '{show(domain)}'")
+            raise _refused(f"{where}: two versions of operator domain '{show(domain)}'")
     return set(found)
 
 

@@ -104,7 +104,7 @@ class Scan:
 
     def _check_start(self) -> None:
         if self._file.size == 0:
-            raise InputError(f"{self._where}: the file is empty")
+            raise InputError(f"{self._where}: the file is empty", hint="download it again")
         start = self._file.read(0, min(self._file.size, 64))
         for magic, what, hint in _DISGUISES:
             if start.startswith(magic):
