@@ -99,10 +99,12 @@ def _export_genai(
     out: Path, target: Path, level: int | None, *, overwrite: bool, fsync: bool
 ) -> dict[str, Any]:
     from compress.export_onnx.genai import write_genai
+    from compress.export_onnx.genai_builder import BuilderOptions
 
+    options = BuilderOptions() if level is None else BuilderOptions(accuracy_level=level)
     with progress_bar() as progress:
         return write_genai(
-            out, target, accuracy_level=level, overwrite=overwrite, fsync=fsync, progress=progress
+            out, target, options=options, overwrite=overwrite, fsync=fsync, progress=progress
         )
 
 

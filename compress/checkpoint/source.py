@@ -112,7 +112,6 @@ class Checkpoint:
         self.sidecars: list[str] = []
         self.code_files: list[str] = []
         self.warnings: list[str] = []
-        self.graph: bytes | None = None
         self._shards = shards
         self._infos: list[TensorInfo] = []
         self._by_name: dict[str, tuple[TensorInfo, InputFile, int]] = {}
