@@ -232,6 +232,56 @@ class CompressedCheckpoint(Checkpoint):
         )
 
 
+class Float32Output(Checkpoint):
+    """An output whose changed tensors are read as the formula gives them: in float32.
+
+    `CompressedCheckpoint.read` rounds to the source's dtype, which is what `unpack` writes; a model
+    that is run on decoded weights, and a graph that decodes them itself, have no such rounding.
+    Closing it leaves the output open.
+    """
+
+    def __init__(self, output: CompressedCheckpoint) -> None:
+        super().__init__(output.path, output.directory, {})
+        self.config, self.config_bytes = output.config, output.config_bytes
+        self.metadata, self.aliases = dict(output.metadata), dict(output.aliases)
+        self.rounded, self.sidecars = dict(output.rounded), list(output.sidecars)
+        self.graph = output.graph
+        self._output = output
+        self._last_read: tuple[str, Array] | None = None
+        self._infos = [
+            replace(i, dtype="F32", nbytes=4 * i.size) if self._is_coded(i) else i
+            for i in output.infos()
+        ]
+        self._named = {info.name: info for info in self._infos}
+
+    def info(self, name: str) -> TensorInfo:
+        """The tensor called `name`. Raises UsageError if there is none."""
+        self._output.info(name)
+        return self._named[name]
+
+    def read(self, info: TensorInfo, start: int = 0, stop: int | None = None) -> Array:
+        """Rows [start, stop) of the first axis."""
+        if not self._is_coded(info):
+            return self._output.read(info, start, stop)
+        last = self._last_read
+        if last is None or last[0] != info.name:  # a table is read row by row
+            tensor = self._output.tensor(info.name)
+            values = np.ascontiguousarray(tensor.info.from_matrix(tensor.decode()))
+            last = self._last_read = info.name, values.reshape(info.shape)
+        return np.array(last[1][start:stop])
+
+    def _is_coded(self, info: TensorInfo) -> bool:
+        """Whether float32 is more than the source's dtype holds; float64 is left as it is."""
+        entry = self._output.entries.get(info.name)
+        coded = entry is not None and (entry.terms.codes is not None or entry.terms.rank > 0)
+        return coded and self._output.info(info.name).dtype != "F64"
+
+
+def in_float32(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint, with changed tensors in float32 where it is an output of this tool."""
+    return Float32Output(checkpoint) if isinstance(checkpoint, CompressedCheckpoint) else checkpoint
+
+
 def is_compressed(path: str | Path) -> bool:
     """Whether `path` is an output directory whose weight files carry this tool's record."""
     directory = os.path.realpath(path)

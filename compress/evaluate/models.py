@@ -14,7 +14,7 @@ from compress.checkpoint.files import open_inside
 from compress.errors import UsageError, show
 from compress.evaluate.metrics import IMAGES, TEXT
 from compress.evaluate.outputs import ENGINES, Decoded, Kernels, Module, Runner, require_decoder
-from compress.output import open_any
+from compress.output import in_float32, open_any
 from compress.runtime.architecture import build
 
 _ONNX = ".onnx"
@@ -79,8 +79,8 @@ def make_runner(checkpoint: Checkpoint, engine: str, module: str | None) -> Runn
     if engine == "module" and module is not None:
         from compress.engines.module import load_module
 
-        return Module(load_module(module, checkpoint), str(checkpoint.path))
-    return Decoded(checkpoint)
+        return Module(load_module(module, in_float32(checkpoint)), str(checkpoint.path))
+    return Decoded(in_float32(checkpoint))
 
 
 def check_predicts(checkpoint: Checkpoint) -> None:

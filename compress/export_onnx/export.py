@@ -35,7 +35,7 @@ from compress.export_onnx.parity import (
     smallest_table,
 )
 from compress.export_onnx.stored import of_output
-from compress.output import open_any
+from compress.output import in_float32, open_any
 from compress.run import Progress, silent
 from compress.tensor import Array
 
@@ -234,7 +234,7 @@ def _decoded(
     """What transformers computes with the decoded weights."""
     from compress.evaluate.outputs import Decoded
 
-    for values in Decoded(output).run(list(inputs), name):
+    for values in Decoded(in_float32(output)).run(list(inputs), name):
         yield {name: np.asarray(values.float().numpy())}
 
 
@@ -273,7 +273,7 @@ def _prove_module(
         shape = prepared.options.image_shape or ()
         images = np.random.default_rng(0).integers(0, 256, (4, *shape)).astype(np.uint8)
     images = images[:_PROOF_IMAGES]
-    module = load_module(prepared.options.module or "", output)
+    module = load_module(prepared.options.module or "", in_float32(output))
     feeds = [runner.feed({"images": images})]
 
     def reference() -> Iterator[dict[str, Array]]:
@@ -294,7 +294,7 @@ def _prove_graph(
     graph = stage.path / MODEL_FILE
     folder = stage.folder / "reference"
     try:
-        reference = Onnx(reference_graph(prepared.graph, output, folder))
+        reference = Onnx(reference_graph(prepared.graph, in_float32(output), folder))
         feeds, said = _graph_feeds(prepared, reference, samples)
         names = [o.name for o in reference.session.get_outputs() if "float" in o.type]
         if not names:
