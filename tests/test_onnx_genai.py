@@ -394,6 +394,7 @@ def test_without_the_builder_the_layout_is_written(
     to = tmp_path / "to"
     body = export(out, to, call_builder=None)
     assert not body["builder"]["called"]
+    assert not (tmp_path / "to" / "model.onnx").exists()
     assert {name.partition("/")[0] for name in body["files"]} == {"checkpoint"}
     assert re.search(
         r"python -m onnxruntime_genai\.models\.builder -i \S+checkpoint", body["summary"]
@@ -403,6 +404,25 @@ def test_without_the_builder_the_layout_is_written(
         export(out, to)
     with pytest.raises(UsageError, match="not compared with a source"):
         verify_output(to, source=out)
+
+
+@pytest.mark.parametrize(("version", "taken"), [("0.9.2", False), ("0.18.0", True), ("1.0", True)])
+def test_a_builder_that_knows_other_options_is_not_called(
+    tmp_path: Path,
+    out: Path,
+    stand_in: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    taken: bool,
+) -> None:
+    stand_in("")
+    monkeypatch.setattr(genai_builder, "installed", lambda: version)
+    if taken:
+        body = export(out, tmp_path / "to", call_builder=None)
+        assert body["builder"]["version"] == version
+        return
+    with pytest.raises(UsageError, match=f"onnxruntime-genai {re.escape(version)}: 0.18 or newer"):
+        export(out, tmp_path / "to", call_builder=None)
 
 
 def test_the_real_builder_and_engine(tmp_path: Path, shared_dir: Path) -> None:

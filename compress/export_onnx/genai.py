@@ -103,6 +103,8 @@ def _version(call_builder: bool | None) -> str | None:
             "onnxruntime-genai is not installed",
             hint="pip install 'compress-checkpoints[genai]', or write the layout alone",
         )
+    if version is not None:
+        genai_builder.check_version(version)
     return version
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from compress.errors import CompressError, UsageError, show
 MODULE = "onnxruntime_genai.models.builder"
 PROVIDERS = ("cpu", "cuda", "dml", "webgpu", "NvTensorRtRtx")
 PRECISIONS = ("int4", "int8")
+OLDEST = (0, 18)
 RESULT = ("model.onnx", "genai_config.json")
 _DISTRIBUTIONS = ("onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-genai-directml")
 _INSTALL = "pip install onnxruntime-genai onnx-ir"
@@ -107,6 +109,20 @@ def installed() -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "unknown"
+
+
+def check_version(version: str) -> None:
+    """Raises UsageError for a builder older than `OLDEST`.
+
+    An older one has other names for its options and passes over those that it does not know: it
+    would round what is to stay as it is. A version that is no number is taken.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < OLDEST:
+        raise UsageError(
+            f"onnxruntime-genai {show(version)}: {OLDEST[0]}.{OLDEST[1]} or newer is wanted",
+            hint=f"{_INSTALL} --upgrade; {_ALONE}",
+        )
 
 
 def command_line(checkpoint: Path, to: Path, arguments: Sequence[str]) -> str:

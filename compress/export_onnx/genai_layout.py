@@ -223,8 +223,10 @@ def _pieces(info: TensorInfo, config: Mapping[str, Any]) -> list[tuple[str, tupl
     sizes: tuple[int, ...]
     if last == "qkv_proj":
         heads = _number(config, "num_attention_heads")
-        size = config.get("head_dim") or _number(config, "hidden_size") // heads
-        inner = (config.get("num_key_value_heads") or heads) * size
+        given = config.get("head_dim") is not None
+        size = _number(config, "head_dim") if given else _number(config, "hidden_size") // heads
+        grouped = config.get("num_key_value_heads") is not None
+        inner = (_number(config, "num_key_value_heads") if grouped else heads) * size
         names, sizes = ("q_proj", "k_proj", "v_proj"), (heads * size, inner, inner)
     elif last == "gate_up_proj":
         names, sizes = ("gate_proj", "up_proj"), (rows // 2, rows // 2)
