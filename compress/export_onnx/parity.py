@@ -90,6 +90,8 @@ def compare(
     for feed, wanted in zip(feeds, reference, strict=True):
         for place, runner in enumerate(runners):
             names = [name for name in wanted if name in runner.outputs]
+            if not names:
+                raise InputError(f"{graph.name}: none of its outputs is known to our decode")
             for name, got in zip(names, runner.outputs_of(feed, names), strict=True):
                 sums[place] += _sums(name, got, wanted[name])
     error, norm = np.sqrt(sums[:, 0]), np.sqrt(sums[:, 3])
