@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from compress import formats
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoint import Checkpoint, open_checkpoint, skeleton
 from compress.checkpoint.config import parse_config
 from compress.checkpoint.directory import find_sidecars
 from compress.checkpoint.files import InputFile, open_inside, resolve_inside
 from compress.checkpoint.safetensors import read_header
+from compress.checkpoint.skeleton_file import read_skeleton
 from compress.checkpoint.source import AlreadyCompressed
 from compress.errors import InputError, UsageError, show
 from compress.formats import metadata
@@ -430,6 +431,8 @@ def _add_surroundings(checkpoint: CompressedCheckpoint, directory: str) -> None:
         if config.pop("quantization_config", None) is not None:
             raw = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         checkpoint.config, checkpoint.config_bytes = config, raw
+    if os.path.lexists(os.path.join(directory, skeleton.FILE)):
+        checkpoint.graph = read_skeleton(directory)
     found = find_sidecars(directory, {"config.json"})
     checkpoint.sidecars = [name for name in found.files if name not in formats.OWN_FILES]
     checkpoint.code_files = [n for n in found.code if n in checkpoint.sidecars]

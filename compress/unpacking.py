@@ -42,6 +42,8 @@ def unpack_output(
             stage.open()
             files = _write(checkpoint, stage, progress)
             checkpoint.check_unchanged()
+            if checkpoint.graph is not None:
+                files["model.onnx"] = _write_graph(checkpoint.graph, stage)
             if checkpoint.config_bytes is not None:
                 files["config.json"] = stage.write_file("config.json", checkpoint.config_bytes)
             for name in checkpoint.sidecars:
@@ -85,6 +87,21 @@ def _open(out: Path) -> Checkpoint:
             hint="a plain checkpoint needs no unpack",
         )
     return open_checkpoint(out)
+
+
+def _write_graph(graph: bytes, stage: Stage) -> FileRecord:
+    """The graph of the .onnx file that the output was made from, over the plain weights."""
+    from onnx import ModelProto
+
+    from compress.export_onnx.lowering import lower
+    from compress.export_onnx.stored import of_output
+    from compress.export_onnx.style import Style
+
+    model = ModelProto()
+    model.ParseFromString(graph)
+    with open_checkpoint(stage.path) as plain:
+        lowered = lower(model, of_output(plain), Style())
+    return stage.write_file("model.onnx", lowered.model.SerializeToString())
 
 
 def _write(checkpoint: Checkpoint, stage: Stage, progress: Progress) -> dict[str, FileRecord]:

@@ -36,11 +36,12 @@ class Onnx(Runner):
     """A decoder, an encoder or a classifier as a .onnx file, on the CPU.
 
     graph  run these bytes in the file's place; data outside of them lies in its folder
+    exact  products that onnxruntime makes of DequantizeLinear and MatMul round no activations
     """
 
     name = "onnx"
 
-    def __init__(self, path: Path, graph: bytes | None = None) -> None:
+    def __init__(self, path: Path, graph: bytes | None = None, *, exact: bool = False) -> None:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -55,6 +56,8 @@ class Onnx(Runner):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
+        if exact:
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         try:
             if graph is not None:
                 folder = os.path.realpath(path.parent)
