@@ -52,6 +52,17 @@ def export(
     ids: CalibrateIds = None,
     images: CalibrateImages = None,
     samples: CalibrateSamples = None,
+    execution_provider: Annotated[
+        str, typer.Option(help="genai: what the graph is made for: cpu, cuda, dml, webgpu.")
+    ] = "cpu",
+    build: Annotated[
+        bool | None,
+        typer.Option("--build/--no-build", help="genai: call its builder [default: if installed]."),
+    ] = None,
+    builder_option: Annotated[
+        list[str] | None,
+        typer.Option(help="genai: KEY=VALUE for its builder.", metavar="KEY=VALUE"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
     no_fsync: Annotated[bool, typer.Option("--no-fsync", help="Do not wait for the disk.")] = False,
     json: Json = False,
@@ -71,9 +82,19 @@ def export(
             overwrite=overwrite, fsync=not no_fsync,
         )  # fmt: skip
     elif to == GENAI:
-        body = _export_genai(
-            out, target or out, onnx_accuracy_level, overwrite=overwrite, fsync=not no_fsync
+        from compress.export_onnx.genai import write_genai
+        from compress.export_onnx.genai_builder import BuilderOptions
+
+        options = BuilderOptions(
+            provider=execution_provider,
+            accuracy_level=onnx_accuracy_level,
+            extra=tuple(builder_option or ()),
         )
+        with progress_bar() as progress:
+            body = write_genai(
+                out, target or out, options=options, call_builder=build, overwrite=overwrite,
+                fsync=not no_fsync, progress=progress,
+            )  # fmt: skip
     else:
         from compress.unpacking import unpack_output
 
@@ -93,19 +114,6 @@ def _show(body: dict[str, Any]) -> None:
     for note in body.get("notes", []):
         typer.echo(f"note: {note}")
     typer.echo(body["summary"])
-
-
-def _export_genai(
-    out: Path, target: Path, level: int | None, *, overwrite: bool, fsync: bool
-) -> dict[str, Any]:
-    from compress.export_onnx.genai import write_genai
-    from compress.export_onnx.genai_builder import BuilderOptions
-
-    options = BuilderOptions() if level is None else BuilderOptions(accuracy_level=level)
-    with progress_bar() as progress:
-        return write_genai(
-            out, target, options=options, overwrite=overwrite, fsync=fsync, progress=progress
-        )
 
 
 def _export_onnx(
@@ -152,7 +160,10 @@ def _export_onnx(
             if exported.failure is not None:
                 raise GateError(exported.failure, hint="nothing was published")
             checkpoint.check_unchanged()
-            body = _manifest(out, files | dict(exported.files), exported.section, checkpoint)
+            body = _manifest(
+                out, files | dict(exported.files), exported.section, checkpoint,
+                in_place=target is None,
+            )  # fmt: skip
             stage.write_file("manifest.json", body)
             stage.publish()
         except OSError as error:
@@ -214,18 +225,19 @@ def _surroundings(checkpoint: Checkpoint, stage: Stage) -> dict[str, FileRecord]
 
 
 def _manifest(
-    out: Path, files: dict[str, FileRecord], section: Any, checkpoint: Checkpoint
+    out: Path, files: dict[str, FileRecord], section: Any, checkpoint: Checkpoint, *, in_place: bool
 ) -> bytes:
+    """The output's manifest with the new files, or one of a directory of its own."""
     from compress.checkpoint import manifest
 
     try:
         body = manifest.load(out)
     except InputError:
-        body = {"source": {"fingerprint": checkpoint.fingerprint()}, "recipe": {}, "format": "onnx"}
+        body = {"source": {"fingerprint": checkpoint.fingerprint()}, "recipe": {}}
     return manifest.build(
         files,
         source=body["source"],
         recipe=body["recipe"],
-        format_name=body["format"],
+        format_name=body["format"] if in_place else manifest.GRAPH,
         run={**body.get("run", {}), "onnx": {"seconds": section["seconds"]}},
     )

@@ -30,7 +30,7 @@ def verify_output(
         raise UsageError(f"{show(str(out))}: not a directory", hint="verify takes an output of run")
     body = manifest.read(out)
     nbytes = manifest.verify_files(out, body)
-    if body["format"] == manifest.GENAI:
+    if body["format"] in (manifest.GENAI, manifest.GRAPH):
         return _hashes_alone(body, nbytes, source)
     try:
         changed = _changed(out)
@@ -57,10 +57,10 @@ def verify_output(
 
 
 def _hashes_alone(body: dict[str, Any], nbytes: int, source: Path | None) -> dict[str, Any]:
-    """The result for files of another tool's layout, which are not decoded."""
+    """The result for exports, which hold no checkpoint to decode."""
     if source is not None:
         raise UsageError(
-            "an export for onnxruntime-genai is not compared with a source",
+            "an export is not compared with a source",
             hint="verify the output that it was made from",
         )
     files = len(body["files"])

@@ -19,7 +19,8 @@ from compress.errors import InputError, VerifyError, show
 NAME = "manifest.json"
 VERSION = 1
 TOOL = "compress-checkpoints"
-GENAI = "genai"  # the format of what `export --to genai` wrote: no checkpoint of ours
+# Formats of what `export` wrote into a directory of its own: no checkpoints of ours.
+GENAI, GRAPH = "genai", "onnx-graph"
 _MAX_BYTES = 256 << 20
 
 
