@@ -202,6 +202,10 @@ def plan(
     stats: StatsFile = None,
     allow_pickle: Pickle = False,
     max_shard_size: Shard = "5GB",
+    onnx: Onnx = False,
+    onnx_style: OnnxStyle = None,
+    onnx_opset: OnnxOpset = None,
+    self_contained: SelfContained = False,
     json: Json = False,
 ) -> None:
     """Say what `run` would do: bytes, memory, disk, reads. Writes nothing."""
@@ -209,7 +213,10 @@ def plan(
 
     model, job = job_of(words or [], recipe, seed)
     options = options_of(format, untouched, jobs, memory, max_shard_size)
-    body = plan_job(model, job, options, stats=stats, survey=survey, allow_pickle=allow_pickle)
+    export = ExportWords(onnx, onnx_style, None, onnx_opset, self_contained=self_contained)
+    body = plan_job(
+        model, job, options, stats=stats, survey=survey, allow_pickle=allow_pickle, export=export
+    )
     emit(body, json, lambda: print_plan(body, console()))
 
 

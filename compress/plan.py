@@ -206,13 +206,13 @@ class Plan:
             if not t.steps and t.info.is_float and len(t.info.shape) >= 2
         ]
 
-    def check_disk(self, out: Path) -> None:
-        """Refuse (ResourceError) where the output cannot fit."""
+    def check_disk(self, out: Path, more: int = 0) -> None:
+        """Refuse (ResourceError) where the output cannot fit, and `more` bytes beside it."""
         folder = Path(os.path.abspath(out)).parent
         while not folder.exists():
             folder = folder.parent
         free = shutil.disk_usage(folder).free
-        needed = self.most_bytes + (1 << 20)
+        needed = self.most_bytes + more + (1 << 20)
         if needed > free:
             raise ResourceError(
                 f"{show(str(folder))}: {needed:,} bytes needed, {free:,} free",

@@ -66,7 +66,7 @@ def run(plan: Plan, out: Path, options: RunOptions, progress: Progress = silent)
     refuse_overlap(source, out)
     if options.report_file is not None:
         check_report_file(options.report_file, source, out)
-    plan.check_disk(out)
+    plan.check_disk(out, 0 if options.export is None else options.export.disk(plan))
     plan.check_memory()
     key = resume.resume_key(plan)
     stage = Stage(out, overwrite=options.overwrite, fsync=options.fsync)

@@ -80,19 +80,25 @@ def plan_job(
     stats: Path | None,
     survey: bool,
     allow_pickle: bool,
+    export: ExportWords | None = None,
 ) -> dict[str, Any]:
     """What `compress plan` prints, as JSON types. Raises UsageError for what `run` refuses.
 
     Statistics that passes need may still be missing, but not for a survey that makes use of them.
     """
     from contextlib import ExitStack
+    from dataclasses import replace
 
     from compress.calibrate.statistics import open_statistics
     from compress.checkpoint import open_checkpoint
+    from compress.export_onnx.on_the_way import graph_for
     from compress.plan import make_plan
     from compress.show_plan import plan_body
     from compress.survey import decide_all
 
+    export = export or ExportWords()
+    options = replace(options, onnx=options.onnx or export.wanted)
+    wanted = export.options(options.module)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(model, allow_pickle=allow_pickle))
         statistics = None
@@ -101,9 +107,14 @@ def plan_job(
             statistics.check_model(checkpoint)
         calibrated = statistics is None and not survey
         made = make_plan(checkpoint, job, options, statistics, calibrated=calibrated)
+        progress = stack.enter_context(progress_bar())
         if survey:
-            made = decide_all(made, stack.enter_context(progress_bar()))
+            made = decide_all(made, progress)
         body = plan_body(made)
+        graph = graph_for(made, export, wanted, CalibrateOn(), progress)
+        body["onnx_bytes"] = None
+        if graph is not None:
+            body["onnx_bytes"] = [graph.size(made, end) for end in (0, 1)]
     kinds = frozenset[str]().union(*(one.needs for one in made.passes))
     if calibrated and kinds:
         missing = ", ".join(sorted(kinds))

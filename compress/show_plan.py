@@ -91,6 +91,8 @@ def print_plan(body: dict[str, Any], console: Console) -> None:
             style="bold",
         )
     )
+    if body.get("onnx_bytes") is not None:
+        console.print(Text(f"model.onnx and its data: {_range(body['onnx_bytes'])} bytes more"))
     console.print(
         Text(
             f"peak memory at most {human(body['peak_memory'])}, disk {human(body['disk'])}, "

@@ -34,13 +34,14 @@ from compress.export_onnx.parity import (
     remove_folder,
     smallest_table,
 )
-from compress.export_onnx.stored import of_output
+from compress.export_onnx.stored import of_layout, of_output
 from compress.output import in_float32, open_any
 from compress.run import Progress, silent
 from compress.tensor import Array
 
 if TYPE_CHECKING:
     from compress.evaluate.onnx_outputs import Onnx
+    from compress.plan import Plan
 
 MODEL_FILE = "model.onnx"
 _SAMPLES = 8  # of the calibration's that the proof runs on
@@ -65,10 +66,19 @@ class Prepared:
     task: str
     options: ExportOptions
 
-    def size(self, weights: Any) -> int:
-        """Bytes of the two files for an output with these weights (`stored.of_layout`)."""
-        lowered = lower(self.graph, weights, self.options.style)
+    def size(self, plan: Plan, end: int = 1) -> int:
+        """Bytes of the two files for the output of a plan, its open ranges closed at one end.
+
+        Ranges of activations, which are measured, are not counted.
+        """
+        layout = plan.layout(end)
+        lowered = lower(self.graph, of_layout(layout, plan.format.name), self.options.style)
         return len(lowered.model.SerializeToString()) + lowered.data_bytes
+
+    def disk(self, plan: Plan) -> int:
+        """Bytes of disk that an export needs: its files, and decoded weights for the proof."""
+        proof = sum(i.nbytes for i in plan.checkpoint.infos()) if self.task == GRAPH else 0
+        return self.size(plan) + proof
 
 
 @dataclass(frozen=True)
