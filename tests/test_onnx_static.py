@@ -247,6 +247,9 @@ def test_what_a_conv_reads_has_codes_that_no_sum_of_two_saturates(network: Any) 
     assert {v for v, highest in codes.items() if highest == 127} == {"x", "r0", "p0", "r1", "r2"}
     assert codes["a2"] == codes["c3"] == 255
     assert set(quantizable(lowered, input_codes=255).values()) == {255}
+    offset = fold_batch_norms(with_int8_kernels(network, offset=True), READ)
+    assert quantizable(offset).keys() == codes.keys()
+    assert set(quantizable(offset).values()) == {255}  # uint8 by uint8 cannot saturate
 
 
 def test_ranges_are_those_that_were_seen_and_clip_what_is_rare(tmp_path: Path) -> None:

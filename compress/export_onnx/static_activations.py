@@ -26,7 +26,8 @@ from compress.export_onnx.graph_index import (
 __all__ = ["Bounds", "Ranges", "collect_ranges", "quantizable", "with_static_activations"]
 
 # x86 processors without VNNI add products of uint8 and int8 codes two by two in 16 bits. 2 * 127 *
-# 127 fits, 255 does not: there onnxruntime's sums would saturate.
+# 127 fits, 255 does not: there onnxruntime's sums would saturate. Of uint8 and uint8 it adds them in
+# 32 bits, which takes longer.
 INPUT_CODES = 127
 _INT8, _UINT8, _FLOAT = 3, 2, 1  # TensorProto.DataType
 _MOST = 1 << 30  # of a bias: as much is left for the sum of products
@@ -61,12 +62,13 @@ class _Layer:
 def quantizable(model: Any, *, input_codes: int = INPUT_CODES) -> dict[str, int]:
     """The float values whose ranges `with_static_activations` asks for, in the graph's order.
 
-    input_codes  the highest code of what a Conv reads; other values have codes up to 255
+    input_codes  the highest code of what a Conv of int8 codes reads; other values, and those that
+                 Convs of uint8 codes read, have codes up to 255
     """
     index = GraphIndex(model)
     layers = list(_layers(index, []))
     found = dict.fromkeys((v for one in layers for v in one.values), 255)
-    for layer in layers:
+    for layer in (one for one in layers if one.codes.data_type == _INT8):
         value = layer.value
         found[value] = input_codes
         while (source := _same_range(index, value)) in found:
