@@ -26,8 +26,8 @@ from compress.export_onnx.graph_index import (
 __all__ = ["Bounds", "Ranges", "collect_ranges", "quantizable", "with_static_activations"]
 
 # x86 processors without VNNI add products of uint8 and int8 codes two by two in 16 bits. 2 * 127 *
-# 127 fits, 255 does not: there onnxruntime's sums would saturate. Of uint8 and uint8 it adds them in
-# 32 bits, which takes longer.
+# 127 fits, 255 does not: there onnxruntime's sums would saturate. uint8 by uint8 is added in 32
+# bits, which takes longer.
 INPUT_CODES = 127
 _INT8, _UINT8, _FLOAT = 3, 2, 1  # TensorProto.DataType
 _MOST = 1 << 30  # of a bias: as much is left for the sum of products
