@@ -44,11 +44,14 @@ def filled(model: Any, values: Mapping[str, np.ndarray]) -> Any:
     return made
 
 
-def with_int8_kernels(model: Any, *, half: bool = True, offset: bool = False) -> Any:
+def with_int8_kernels(
+    model: Any, *, half: bool = True, offset: bool = False, aliased: bool = False
+) -> Any:
     """A filled model whose kernels are int8 by channel, behind DequantizeLinear.
 
     half    scales are float16 behind a Cast
     offset  codes are uint8 with the zero point 128
+    aliased every constant is read through an Identity
     """
     import onnx
     from onnx import helper, numpy_helper
@@ -83,4 +86,11 @@ def with_int8_kernels(model: Any, *, half: bool = True, offset: bool = False) ->
     after = list(made.graph.node)
     del made.graph.node[:]
     made.graph.node.extend([*before, *after])
+    if aliased:
+        names = [t.name for t in made.graph.initializer]
+        for one in made.graph.node:
+            for place, name in enumerate(one.input):
+                one.input[place] = f"{name}.alias" if name in names else name
+        for name in names:
+            made.graph.node.insert(0, helper.make_node("Identity", [name], [f"{name}.alias"]))
     return made

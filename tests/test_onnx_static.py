@@ -106,7 +106,7 @@ def error(made: Any, wanted: Any) -> float:
     return float(np.linalg.norm(made - wanted) / np.linalg.norm(wanted))
 
 
-@pytest.mark.parametrize("form", [{}, {"half": False}, {"offset": True}])
+@pytest.mark.parametrize("form", [{}, {"half": False}, {"offset": True}, {"aliased": True}])
 def test_every_conv_multiplies_integers(
     network: Any, tmp_path: Path, form: dict[str, bool]
 ) -> None:

@@ -39,10 +39,15 @@ class GraphIndex:
 
     def constant(self, name: str) -> tuple[Any, bool] | None:
         """(the initializer, whether a Cast to float32 is between) of a value that is constant."""
-        tensor, cast, maker = self.constants.get(name), False, self.maker(name)
-        if tensor is None and is_op(maker, "Cast") and attributes(maker).get("to") == 1:
-            tensor, cast = self.constants.get(maker.input[0]), True
-        return None if tensor is None else (tensor, cast)
+        cast = False
+        while name not in self.constants:
+            maker = self.maker(name)
+            if is_op(maker, "Cast") and attributes(maker).get("to") == 1:
+                cast = True
+            elif not is_op(maker, "Identity"):
+                return None
+            name = maker.input[0]
+        return self.constants[name], cast
 
     def maker(self, value: str) -> Any:
         """The node that makes a value, or None."""

@@ -117,10 +117,10 @@ def _layer(index: GraphIndex, node: Any, kernel: Any) -> _Layer | str:
     """The layer, or why it is none."""
     if not is_op(kernel, "DequantizeLinear"):
         return f"its kernel comes from {show(kernel.op_type)}, not from int8 codes by channel"
-    codes = index.constants.get(kernel.input[0])
-    scale = index.constant(kernel.input[1])
-    if codes is None or scale is None or codes.data_type not in (_INT8, _UINT8):
+    given_codes, scale = index.constant(kernel.input[0]), index.constant(kernel.input[1])
+    if given_codes is None or scale is None or given_codes[0].data_type not in (_INT8, _UINT8):
         return "its kernel is not 8-bit codes"
+    codes = given_codes[0]
     if not scale[1] and scale[0].data_type != _FLOAT:
         return "it is not float32"
     given = attributes(kernel)
@@ -148,8 +148,8 @@ def _limits(index: GraphIndex, node: Any) -> bool:
         return True
     if not is_op(node, "Clip") or len(node.input) < 2:
         return False
-    low = index.constants.get(node.input[1])
-    return low is not None and low.data_location == 0 and not np.any(_inline(low))
+    low = index.constant(node.input[1])
+    return low is not None and low[0].data_location == 0 and not np.any(_inline(low[0]))
 
 
 def _same_range(index: GraphIndex, value: str) -> str:
@@ -195,8 +195,8 @@ class _Rewriting:
         zero = 128 if layer.codes.data_type == _UINT8 else 0
         points = np.zeros(1)
         if len(layer.kernel.input) > 2 and layer.kernel.input[2]:
-            constant = self.index.constants.get(layer.kernel.input[2])
-            points = np.full(1, -1) if constant is None else np.asarray(self.read(constant))
+            constant = self.index.constant(layer.kernel.input[2])
+            points = np.full(1, -1) if constant is None else np.asarray(self.read(constant[0]))
         if np.any(points != zero):
             return "its codes have zero points"
         if layer.bias is None:
@@ -276,10 +276,10 @@ class _Rewriting:
             return True
         if len(node.input) < 3 or not node.input[2]:
             return True
-        top = self.index.constants.get(node.input[2])
-        if top is None or top.data_location != 0:
+        top = self.index.constant(node.input[2])
+        if top is None or top[0].data_location != 0:
             return False
-        return float(_inline(top)) >= 254.5 * scale
+        return float(_inline(top[0])) >= 254.5 * scale
 
     def _pair(self, value: str, source: str, target: str) -> list[Any]:
         """QuantizeLinear of `source` and DequantizeLinear to `target` with what `value` has."""
