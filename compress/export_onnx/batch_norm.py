@@ -37,7 +37,8 @@ def fold_batch_norms(model: Any, read: Read) -> Any:
     ]
     for node in dropped:
         made.graph.node.remove(node)
-    without_unread(made)
+    if dropped:
+        without_unread(made)
     return made
 
 

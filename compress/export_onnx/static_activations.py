@@ -29,6 +29,7 @@ __all__ = ["Bounds", "Ranges", "collect_ranges", "quantizable", "with_static_act
 # 127 fits, 255 does not: there onnxruntime's sums would saturate. uint8 by uint8 is added in 32
 # bits, which takes longer.
 INPUT_CODES = 127
+_Reasons = dict[str, list[str]]  # why Convs stay float -> their outputs
 _INT8, _UINT8, _FLOAT = 3, 2, 1  # TensorProto.DataType
 _MOST = 1 << 30  # of a bias: as much is left for the sum of products
 _COARSE = 1 << 23  # a bias of this many steps keeps float32's precision
@@ -66,7 +67,7 @@ def quantizable(model: Any, *, input_codes: int = INPUT_CODES) -> dict[str, int]
                  Convs of uint8 codes read, have codes up to 255
     """
     index = GraphIndex(model)
-    layers = list(_layers(index, []))
+    layers = list(_layers(index, {}))
     found = dict.fromkeys((v for one in layers for v in one.values), 255)
     for layer in (one for one in layers if one.codes.data_type == _INT8):
         value = layer.value
@@ -91,24 +92,30 @@ def with_static_activations(model: Any, ranges: Ranges, read: Read) -> tuple[Any
 
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    notes: list[str] = []
-    work = _Rewriting(made, ranges, read, notes)
-    for layer in _layers(work.index, notes):
+    floats_for: _Reasons = {}
+    work = _Rewriting(made, ranges, read, floats_for)
+    for layer in _layers(work.index, floats_for):
         work.take(layer)
-    work.write()
-    without_unread(made)
-    return made, notes
+    if work.write():
+        without_unread(made)
+    return made, [_note(why, names) for why, names in floats_for.items()]
 
 
-def _layers(index: GraphIndex, notes: list[str]) -> Iterator[_Layer]:
-    """The Convs that can be treated; a note for each other one that has int8 weights."""
+def _note(why: str, names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{show(names[0])} stays float: {why}"
+    return f"{len(names)} convolutions stay float, {show(names[0])} the first: {why}"
+
+
+def _layers(index: GraphIndex, floats_for: _Reasons) -> Iterator[_Layer]:
+    """The Convs that can be treated; why the others with codes cannot."""
     for node in index.nodes:
         kernel = index.maker(node.input[1]) if is_op(node, "Conv") else None
         if not is_op(kernel, "DequantizeLinear", "Reshape", "Cast"):
             continue
         found = _layer(index, node, kernel)
         if isinstance(found, str):
-            notes.append(f"{show(node.output[0])}: stays float: {found}")
+            floats_for.setdefault(found, []).append(node.output[0])
         else:
             yield found
 
@@ -167,8 +174,8 @@ def _inline(tensor: Any) -> Any:
 class _Rewriting:
     """Collects what is quantized, then writes the nodes anew in their order."""
 
-    def __init__(self, model: Any, ranges: Ranges, read: Read, notes: list[str]) -> None:
-        self.model, self.ranges, self.read, self.notes = model, ranges, read, notes
+    def __init__(self, model: Any, ranges: Ranges, read: Read, floats_for: _Reasons) -> None:
+        self.model, self.ranges, self.read, self.floats_for = model, ranges, read, floats_for
         self.index = GraphIndex(model)
         self._affine: dict[str, tuple[float, int]] = {}  # of the values that get codes
         self._before: dict[str, list[Any]] = {}  # first output of a Conv -> nodes before it
@@ -182,7 +189,7 @@ class _Rewriting:
             result = layer.node.output[0]  # codes above `highest` would pass the Clip
         known = [self._parameters(layer.value), self._parameters(result)]
         if problem := self._problem(layer, known):
-            self.notes.append(f"{show(layer.node.output[0])}: stays float: {problem}")
+            self.floats_for.setdefault(problem, []).append(layer.node.output[0])
             return
         for value, parameters in zip((layer.value, result), known, strict=True):
             if parameters is not None:
@@ -243,8 +250,10 @@ class _Rewriting:
         bounds = self.ranges.bounds.get(value)
         return bounds.affine() if bounds is not None and bounds.high > bounds.low else None
 
-    def write(self) -> None:
-        """Write the nodes with codes around the values that were taken."""
+    def write(self) -> bool:
+        """Write the nodes with codes around the values that were taken; whether there are any."""
+        if not self._affine:
+            return False
         renamed: dict[str, str] = {}
         written: list[Any] = []
         for value in self.index.inputs:
@@ -266,6 +275,7 @@ class _Rewriting:
                     written += self._pair(name, node.output[place], name)
         del self.model.graph.node[:]
         self.model.graph.node.extend(written)
+        return True
 
     def _is_rounding(self, node: Any, value: str) -> bool:
         """Whether codes without a sign, which saturate, do what a Relu or Clip does."""
