@@ -188,18 +188,20 @@ def _write_graph(stage: Stage, model: Any) -> FileRecord:
 def _with_static_activations(folder: Path, model: Any, images: Array) -> tuple[Any, list[str]]:
     """Convolutions of 8-bit integers with activations of 8 bits, whose ranges are measured."""
     from compress.evaluate.onnx_outputs import Onnx
-    from compress.export_onnx.activation_ranges import collect_ranges
+    from compress.export_onnx.activation_ranges import Ranges, collect_ranges
+    from compress.export_onnx.batch_norm import fold_batch_norms
     from compress.export_onnx.graph_index import reader_of
     from compress.export_onnx.static_activations import quantizable, with_static_activations
 
+    read = reader_of(str(folder))
+    model = fold_batch_norms(model, read)
     values = quantizable(model)
     if not values:
-        return model, []
+        return with_static_activations(model, Ranges({}), read)  # it notes why
     raw = bytes(model.SerializeToString())
     feeds = _image_feeds(Onnx(folder / MODEL_FILE, raw), images)
     ranges = collect_ranges(raw, feeds, values, folder)
-    made, notes = with_static_activations(model, ranges, reader_of(str(folder)))
-    return made, notes
+    return with_static_activations(model, ranges, read)
 
 
 def _image_feeds(runner: Onnx, images: Array) -> Iterator[Feed]:
