@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any
 
 from compress.checkpoint import skeleton
-from compress.checkpoint.files import InputFile
+from compress.checkpoint.files import InputFile, open_typed
 from compress.checkpoint.onnx_checks import check_model, refuse_coded
 from compress.checkpoint.onnx_tensors import (
     External,
@@ -26,7 +27,7 @@ from compress.checkpoint.onnx_tensors import (
     wrong_size,
 )
 from compress.checkpoint.onnx_uses import Weight, weights_of_graph
-from compress.checkpoint.onnx_wire import DOUBLES, FLOATS, RAW, Scan, Scanned, Span
+from compress.checkpoint.onnx_wire import DOUBLES, FLOATS, RAW, SMALL, Scan, Scanned, Span
 from compress.errors import InputError, ResourceError, UsageError, show
 from compress.tensor import FLOAT_TAGS, Role, TensorInfo
 
@@ -75,9 +76,27 @@ def read_onnx(file: InputFile, directory: str, *, allow_quantized: bool = False)
     Raises InputError for malformed content, ResourceError where no temporary file can be written,
     UsageError where the package onnx is missing.
     """
+    return _read(file, directory, allow_quantized=allow_quantized, only_check=False)
+
+
+def check_onnx(path: Path) -> None:
+    """Check a file that onnxruntime will run, codes and all; its tensors may share bytes.
+
+    onnxruntime itself takes a hard link to a file elsewhere, the .onnx file as its own data, and
+    two initializers with one name. Raises as `read_onnx` does, UsageError where nothing is there.
+    """
+    file = open_typed(path)
+    try:
+        directory = os.path.realpath(path.parent)
+        _read(file, directory, allow_quantized=True, only_check=True).close()
+    finally:
+        file.close()
+
+
+def _read(file: InputFile, directory: str, *, allow_quantized: bool, only_check: bool) -> OnnxFile:
     where = show(file.name)
-    scan = Scan(file)
-    reader = _Reader(file, External(file, directory))
+    scan = Scan(file, only_check=only_check)
+    reader = _Reader(file, External(file, directory), only_check=only_check)
     try:
         model = parse(scan.model, where)
         check_model(model, where)
@@ -114,9 +133,9 @@ def parse(raw: bytes, where: str) -> Any:
 
 
 class _Reader:
-    def __init__(self, file: InputFile, external: External) -> None:
+    def __init__(self, file: InputFile, external: External, *, only_check: bool) -> None:
         self._file, self._where = file, show(file.name)
-        self._external = external
+        self._external, self._only_check = external, only_check
         self._spilled: IO[bytes] | None = None
         self._moved: list[tuple[int, TensorInfo, int]] = []
         self.result = OnnxFile(external=external.files)
@@ -138,7 +157,8 @@ class _Reader:
         finally:
             if self._spilled is not None:
                 self._spilled.close()
-        self._external.check_overlaps()
+        if not self._only_check:
+            self._external.check_overlaps()
         for place, info, offset in self._moved:
             if result.spill is not None:
                 result.tensors.insert(place, Placed(info, result.spill, offset))
@@ -151,12 +171,7 @@ class _Reader:
         needed = needed_bytes(where, name, tensor.data_type, list(tensor.dims))
         tag = skeleton.TAGS.get(tensor.data_type)
         if tag is None:
-            if tensor.data_location:
-                raise bad(
-                    where, name, f"ONNX data type {tensor.data_type} in another file, which a"
-                    " checkpoint cannot hold", "use the model before it was quantized",
-                )  # fmt: skip
-            check_inline(tensor, where)
+            self._other(tensor, scanned, needed)
             return
         if tensor.HasField("segment"):
             raise bad(where, name, "one segment of a tensor, which nothing writes any more")
@@ -190,6 +205,23 @@ class _Reader:
         self._moved.append(
             (len(self.result.tensors) + len(self._moved), info(self._file.name, -1), start)
         )
+
+    def _other(self, tensor: Any, scanned: Scanned, needed: int) -> None:
+        """Check an initializer of a type that a checkpoint cannot hold; it stays in the graph."""
+        where, name = self._where, tensor.name
+        if tensor.data_location == _EXTERNAL and self._only_check:
+            self._external.place(tensor, needed)
+        elif tensor.data_location:
+            raise bad(
+                where, name, f"ONNX data type {tensor.data_type} in another file, which a"
+                " checkpoint cannot hold", "use the model before it was quantized",
+            )  # fmt: skip
+        elif self._only_check and scanned.data_bytes > SMALL:
+            pieces = scanned.data.get(RAW, [])
+            if len(scanned.data) == 1 and len(pieces) == 1 and scanned.data_bytes != needed:
+                raise wrong_size(where, name, scanned.data_bytes, needed)
+        else:
+            check_inline(tensor, where)
 
     def _span(self, tensor: Any, scanned: Scanned, needed: int) -> Span | None:
         """Where the file itself holds the bytes as they are wanted; None for typed fields."""

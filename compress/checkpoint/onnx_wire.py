@@ -90,11 +90,14 @@ class Scan:
 
     model         the serialized ModelProto without the data of large initializers
     initializers  of the graph, in the order of the message
+    Data of types that a checkpoint cannot hold stays in the message, or is dropped as well where
+    the model will only be checked (`only_check`).
     Raises InputError for what is no ONNX model, or not exactly one.
     """
 
-    def __init__(self, file: InputFile) -> None:
+    def __init__(self, file: InputFile, *, only_check: bool = False) -> None:
         self._file = file
+        self._only_check = only_check
         self._where = show(file.name)
         self._window, self._start = b"", 0
         self._kept = self._loose = 0
@@ -160,13 +163,14 @@ class Scan:
                 found.data_type = one.value
             elif one.number == 8:
                 found.name = self._name(one)
-        if found.data_type not in TAGS and found.data_bytes > MAX_INLINE:
+        stays = found.data_type not in TAGS and not self._only_check
+        if stays and found.data_bytes > MAX_INLINE:
             raise InputError(
                 f"{self._where}: tensor '{show(found.name)}': {found.data_bytes} bytes of ONNX data"
                 f" type {found.data_type}, which a checkpoint cannot hold",
                 hint="use the model before it was quantized",
             )
-        if found.data_bytes <= SMALL or found.data_type not in TAGS:
+        if found.data_bytes <= SMALL or stays:
             return self._keep(start, end)
         return b"".join(self._keep(*span) for span in other)
 

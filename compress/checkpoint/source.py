@@ -7,7 +7,7 @@ import gc
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ from compress.checkpoint.directory import (
 )
 from compress.checkpoint.files import InputFile, open_inside, open_typed, read_error
 from compress.checkpoint.index import Index, check_against_shards, read_index
-from compress.checkpoint.safetensors import Entry, Header, read_header
+from compress.checkpoint.shards import OnnxGraphFile, Shard, open_onnx, open_shard
 from compress.errors import InputError, UsageError, show
 from compress.roles import assign_roles, refuse_quantized
 from compress.tensor import DTYPES, Array, Role, TensorInfo
@@ -43,43 +43,6 @@ _SAMPLES, _SAMPLE_BYTES = 16, 64  # of a tensor, that tell it from another
 
 class AlreadyCompressed(InputError):
     """The weights are an output of this tool, which holds codes and no plain tensors."""
-
-
-@dataclass
-class _Shard:
-    """One weight file: the file that was named, and the safetensors file its data is read from.
-
-    They differ for PyTorch files, whose tensors were moved into an unnamed temporary file. The
-    tensors in `moved` are those of an .onnx file that lie in one: name -> offset in `spill`.
-    `roles` are known where a graph says them.
-    """
-
-    file: InputFile
-    data: InputFile
-    header: Header
-    aliases: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    moved: dict[str, int] = field(default_factory=dict)
-    spill: InputFile | None = None
-    roles: dict[str, Role] = field(default_factory=dict)
-
-    def place(self, entry: Entry) -> tuple[InputFile, int]:
-        """The file that a tensor is read from, and where in it."""
-        if self.spill is not None and entry.name in self.moved:
-            return self.spill, self.moved[entry.name]
-        return self.data, entry.offset
-
-    def close(self) -> None:
-        self.file.close()
-        self.data.close()
-        if self.spill is not None:
-            self.spill.close()
-
-
-@dataclass(frozen=True)
-class _Onnx:
-    graph: bytes
-    path: Path
 
 
 class Checkpoint:
@@ -99,7 +62,7 @@ class Checkpoint:
     graph         of an .onnx file: its skeleton (compress/checkpoint/skeleton.py), serialized
     """
 
-    def __init__(self, path: Path, directory: Path | None, shards: dict[str, _Shard]) -> None:
+    def __init__(self, path: Path, directory: Path | None, shards: dict[str, Shard]) -> None:
         self.path = path
         self.directory = directory
         self.graph: bytes | None = None
@@ -280,7 +243,7 @@ class Checkpoint:
         for shard in self._shards.values():
             self._add_aliases(shard)
 
-    def _add_aliases(self, shard: _Shard) -> None:
+    def _add_aliases(self, shard: Shard) -> None:
         # Some writers note in __metadata__ which name of a tied pair they left out.
         noted = {
             key: value
@@ -319,12 +282,12 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _open(path: Path, allow_pickle: bool, allow_quantized: bool) -> Checkpoint:
-    shards: dict[str, _Shard] = {}
-    onnx: _Onnx | None = None
+    shards: dict[str, Shard] = {}
+    onnx: OnnxGraphFile | None = None
     try:
         if path.suffix.lower() == ONNX_SUFFIX and not path.is_dir():
             directory = os.path.realpath(path.parent)
-            onnx = _open_onnx(shards, directory, path.name, open_typed(path), allow_quantized)
+            onnx = open_onnx(shards, directory, path.name, open_typed(path), allow_quantized)
             warnings = []
         elif path.name.endswith(INDEX_SUFFIX) and path.is_file():
             directory = os.path.realpath(path.parent)
@@ -336,13 +299,13 @@ def _open(path: Path, allow_pickle: bool, allow_quantized: bool) -> Checkpoint:
             if layout.is_onnx:
                 name = layout.file or ""
                 file = open_inside(directory, name)
-                onnx = _open_onnx(shards, directory, name, file, allow_quantized)
+                onnx = open_onnx(shards, directory, name, file, allow_quantized)
             else:
                 warnings = warnings + _open_directory(shards, directory, layout, allow_pickle)
         else:
             directory = ""
             warnings = []
-            shards[path.name] = _open_shard(open_typed(path), allow_pickle)
+            shards[path.name] = open_shard(open_typed(path), allow_pickle)
         if not allow_quantized:
             _refuse_own_output(shards, str(path))
         checkpoint = Checkpoint(path, Path(directory) if directory else None, shards)
@@ -365,7 +328,7 @@ def _open(path: Path, allow_pickle: bool, allow_quantized: bool) -> Checkpoint:
     return checkpoint
 
 
-def _refuse_own_output(shards: dict[str, _Shard], shown: str) -> None:
+def _refuse_own_output(shards: dict[str, Shard], shown: str) -> None:
     """Raises AlreadyCompressed: read as plain weights, an output would lose its record."""
     if any(RECORD_KEY in shard.header.metadata for shard in shards.values()):
         raise AlreadyCompressed(
@@ -375,45 +338,17 @@ def _refuse_own_output(shards: dict[str, _Shard], shown: str) -> None:
 
 
 def _open_directory(
-    shards: dict[str, _Shard], directory: str, layout: Layout, allow_pickle: bool
+    shards: dict[str, Shard], directory: str, layout: Layout, allow_pickle: bool
 ) -> list[str]:
     if layout.index is not None:
         return _open_index(shards, directory, layout.index, allow_pickle)
     name = layout.file or ""
-    shards[name] = _open_shard(open_inside(directory, name), allow_pickle)
+    shards[name] = open_shard(open_inside(directory, name), allow_pickle)
     return []
 
 
-def _open_onnx(
-    shards: dict[str, _Shard], directory: str, name: str, file: InputFile, allow_quantized: bool
-) -> _Onnx:
-    """One shard for the .onnx file itself, and one for every file beside it that it names."""
-    from compress.checkpoint.onnx_file import read_onnx
-
-    try:
-        found = read_onnx(file, directory, allow_quantized=allow_quantized)
-    except BaseException:
-        file.close()
-        raise
-    files = {name: file, **found.external}
-    entries: dict[str, list[Entry]] = {one: [] for one in files}
-    for tensor in found.tensors:
-        info = tensor.info
-        held = entries[name if tensor.data is found.spill else info.file]
-        held.append(Entry(info.name, info.dtype, info.shape, tensor.offset, info.nbytes))
-    for one, opened in files.items():
-        raw = found.graph if one == name else b""
-        shards[one] = _Shard(opened, opened, Header(entries[one], {}, raw))
-    own = shards[name]
-    own.spill = found.spill
-    own.moved = {t.info.name: t.offset for t in found.tensors if t.data is found.spill}
-    own.roles = {t.info.name: t.info.role for t in found.tensors}
-    own.warnings = found.warnings
-    return _Onnx(found.graph, Path(directory) / name)
-
-
 def _open_index(
-    shards: dict[str, _Shard], directory: str, name: str, allow_pickle: bool
+    shards: dict[str, Shard], directory: str, name: str, allow_pickle: bool
 ) -> list[str]:
     suffix = os.path.splitext(name.removesuffix(INDEX_SUFFIX))[1]
     if suffix not in (".safetensors", *TORCH_SUFFIXES):
@@ -427,7 +362,7 @@ def _open_index(
     for shard in index.shards:  # every name is resolved before the first, slow, torch file
         open_inside(directory, shard).close()
     for shard in index.shards:
-        shards[shard] = _open_shard(open_inside(directory, shard), allow_pickle)
+        shards[shard] = open_shard(open_inside(directory, shard), allow_pickle)
     held = {
         shard: [entry.name for entry in opened.header.entries] + list(opened.aliases)
         for shard, opened in shards.items()
@@ -436,40 +371,12 @@ def _open_index(
     return warnings + _size_warnings(index, shards)
 
 
-def _size_warnings(index: Index, shards: dict[str, _Shard]) -> list[str]:
+def _size_warnings(index: Index, shards: dict[str, Shard]) -> list[str]:
     total = sum(entry.nbytes for shard in shards.values() for entry in shard.header.entries)
     tied = any(shard.aliases for shard in shards.values())
     if index.total_size is None or index.total_size == total or tied:
         return []
     return [f"{show(index.name)}: total_size is {index.total_size}, the tensors hold {total} bytes"]
-
-
-def _open_shard(file: InputFile, allow_pickle: bool) -> _Shard:
-    try:
-        named_torch = file.name.endswith(TORCH_SUFFIXES)
-        if not named_torch and not _looks_like_torch(file):
-            return _Shard(file, file, read_header(file))
-        from compress.checkpoint.torch_file import convert
-
-        converted = convert(file, allow_pickle=allow_pickle)
-    except BaseException:
-        file.close()
-        raise
-    try:
-        header = read_header(converted.file)
-    except BaseException:
-        file.close()
-        converted.file.close()
-        raise
-    return _Shard(file, converted.file, header, converted.aliases, converted.warnings)
-
-
-def _looks_like_torch(file: InputFile) -> bool:
-    """A PyTorch file under a name that says nothing; a .safetensors name is believed."""
-    if file.name.endswith(".safetensors"):
-        return False
-    start = file.read(0, min(file.size, 4))
-    return start.startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
 def _add_config(checkpoint: Checkpoint, directory: str, allow_quantized: bool) -> None:

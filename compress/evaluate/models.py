@@ -50,8 +50,9 @@ def open_model(path: Path, stack: ExitStack, *, allow_pickle: bool = False) -> C
     """
     if path.suffix.lower() != _ONNX:
         return stack.enter_context(open_any(path, allow_pickle=allow_pickle))
-    if not path.is_file():
-        raise UsageError(f"{show(str(path))}: no such file", hint="name an .onnx file")
+    from compress.checkpoint.onnx_file import check_onnx
+
+    check_onnx(path)
     return beside(path)
 
 
