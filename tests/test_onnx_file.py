@@ -286,6 +286,7 @@ TURN = node("Transpose", "w", "t", perm=[1, 0])
         ([node("Conv", "x w")], (4, 4, 3), "conv"),
         ([node("Gather", "w x")], (4, 4), "embedding"),
         ([node("MatMul", "x w", "s"), node("Gemm", "s w")], (4, 4), "conv1d"),
+        ([node("Gather", "w x", "s"), TURN, node("MatMul", "s t")], (4, 4), "embedding"),  # tied
         # What nobody may touch:
         ([node("MatMul", "w x")], (4, 4), "unclear"),
         ([node("MatMul", "w w")], (4, 4), "unclear"),
@@ -295,7 +296,6 @@ TURN = node("Transpose", "w", "t", perm=[1, 0])
         ([node("Gather", "w x", axis=1)], (4, 4), "unclear"),
         ([node("MatMul", "x w", "s"), node("Add", "s w")], (4, 4), "unclear"),
         ([node("MatMul", "x w", "s"), TURN, node("MatMul", "s t")], (4, 4), "unclear"),
-        ([node("Gather", "w x", "s"), TURN, node("MatMul", "s t")], (4, 4), "unclear"),
         ([node("MatMul", "x w", "s"), node("Identity", "w")], (4, 4), "unclear"),  # y is w itself
         ([node("MatMul", "x w", "s"),
           node("If", "c", then_branch=BRANCH, else_branch=BRANCH)], (4, 4), "unclear"),
@@ -356,6 +356,33 @@ def test_the_skeleton_has_the_graph_and_no_weights(tmp_path: Path) -> None:
         np.testing.assert_array_equal(checkpoint.read(checkpoint.info("scalar")), scalar)
         assert [n.op_type for n in kept.graph.node] == ["MatMul", "Add", "Reshape"]
         assert checkpoint.graph_path == path and checkpoint.directory == tmp_path
+
+
+def test_in_the_skeleton_products_read_their_weights_themselves(tmp_path: Path) -> None:
+    """A transposed weight, one behind an Identity, and one that has to stay as it is."""
+    nodes = [
+        node("Identity", "w", "i"),
+        node("Transpose", "i", "t", perm=[1, 0]),
+        node("MatMul", "x t", "a"),
+        node("Transpose", "v", "u", perm=[1, 0]),
+        node("Gemm", "a u", "b", transB=1),
+        node("Gemm", "b u", "c", transB=1),
+        node("Transpose", "z", "q", perm=[1, 0]),
+        node("Add", "c q"),
+    ]
+    square = RNG.standard_normal((64, 64)).astype(np.float32)
+    made = [raw("w", square), raw("v", square[::-1]), raw("z", square[:, ::-1])]
+    path = write(tmp_path / "m.onnx", model_of(made, nodes))
+    with open_checkpoint(path) as checkpoint:
+        kept = skeleton_of(checkpoint)
+        roles = {i.name: i.role for i in checkpoint.infos()}
+    assert roles == {"w": Role.LINEAR, "v": Role.CONV1D, "z": Role.UNCLEAR}
+    found = [(n.op_type, list(n.input), [a.i for a in n.attribute]) for n in kept.graph.node]
+    assert found[:3] == [
+        ("Linear", ["x", "w"], []), ("Gemm", ["a", "v"], [0]), ("Gemm", ["b", "v"], [0])
+    ]  # fmt: skip
+    assert [kind for kind, _, _ in found[3:]] == ["Transpose", "Add"]
+    assert skeleton.DOMAIN in {entry.domain for entry in kept.opset_import}
 
 
 @pytest.mark.parametrize("ir_version", [3, 8])

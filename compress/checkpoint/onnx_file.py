@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,7 @@ from typing import IO, Any
 from compress.checkpoint import skeleton
 from compress.checkpoint.files import InputFile, open_typed
 from compress.checkpoint.onnx_checks import check_model, refuse_coded
+from compress.checkpoint.onnx_direct import read_directly
 from compress.checkpoint.onnx_tensors import (
     External,
     bad,
@@ -162,7 +164,7 @@ class _Reader:
         for place, info, offset in self._moved:
             if result.spill is not None:
                 result.tensors.insert(place, Placed(info, result.spill, offset))
-        self._skeleton(model)
+        self._skeleton(model, weights)
         return result
 
     def _tensor(self, number: int, tensor: Any, scanned: Scanned, weight: Weight) -> None:
@@ -239,7 +241,7 @@ class _Reader:
             raise wrong_size(self._where, tensor.name, pieces[0].length, needed)
         return pieces[0]
 
-    def _skeleton(self, model: Any) -> None:
+    def _skeleton(self, model: Any, weights: Mapping[str, Weight]) -> None:
         """Mark the weights, drop what only exporters need, and serialize."""
         placed = {one.info.name: one for one in self.result.tensors}
         for tensor in model.graph.initializer:
@@ -252,6 +254,7 @@ class _Reader:
             elif tensor.data_location:
                 _inline(tensor, one.data.read(one.offset, one.info.nbytes))
         self._fix_inputs(model, set(placed))
+        read_directly(model, {n: w for n, w in weights.items() if n in placed})
         skeleton.strip_metadata(model)
         self.result.graph = model.SerializeToString(deterministic=True)
 

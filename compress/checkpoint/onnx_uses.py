@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compress.checkpoint.skeleton import DOMAIN, LINEAR
 from compress.tensor import Role
 
 STANDARD = ("", "ai.onnx")
@@ -75,7 +76,7 @@ class Use:
 class Weight:
     """What is known of an initializer: its role, and the inputs it is multiplied with.
 
-    uses  in the order of the nodes; empty where the role is not LINEAR, CONV1D or CONV
+    uses  in the order of the nodes; empty where nothing multiplies by it, and where it is UNCLEAR
     """
 
     role: Role
@@ -126,7 +127,7 @@ def _weight(
             found.roles.add(None)
         for number, place in consumers.get(value, ()):
             node = nodes[number]
-            if (passed := _passes_on(node, place)) is not None:
+            if (passed := passes_on(node, place)) is not None:
                 pending.append((node.output[0], turned != passed))
                 continue
             role, use = _read(tensor, node, place, turned=turned, constants=constants)
@@ -141,9 +142,11 @@ def _judged(tensor: Any, found: _Readers) -> Weight:
         vector = len(tensor.dims) == 1 and len(found.roles) == 1
         role = next(iter(found.roles)) if vector else None
         return Weight(role or Role.STATE)
-    if len(found.roles) != 1:
+    # A table that is also multiplied, row by row: tied embeddings.
+    tied = found.roles == {Role.EMBEDDING, Role.LINEAR}
+    if len(found.roles) != 1 and not tied:
         return Weight(Role.UNCLEAR)
-    role = next(iter(found.roles)) or Role.UNCLEAR
+    role = Role.EMBEDDING if tied else next(iter(found.roles)) or Role.UNCLEAR
     return Weight(role, tuple(use for _, use in sorted(found.uses, key=lambda pair: pair[0])))
 
 
@@ -154,9 +157,14 @@ def _read(
     rank, kind = len(tensor.dims), node.op_type
     if rank == 1:
         return _VECTORS.get((kind, place)), None
-    if node.domain not in STANDARD or (place == 1 and node.input[0] in constants):
+    if place == 1 and node.input[0] in constants:
         return None, None
     attributes = {a.name: a for a in node.attribute}
+    if node.domain == DOMAIN and node.op_type == LINEAR and place == 1 and not turned:
+        is_transposed = _integer(attributes, "transposed", 0) == 1
+        return (Role.CONV1D if is_transposed else Role.LINEAR), Use(node.input[0])
+    if node.domain not in STANDARD:
+        return None, None
     if kind == "MatMul" and place == 1 and rank == 2:
         return (Role.LINEAR if turned else Role.CONV1D), Use(node.input[0])
     if kind == "Gemm" and place == 1 and rank == 2:
@@ -171,8 +179,8 @@ def _read(
     return None, None
 
 
-def _passes_on(node: Any, place: int) -> bool | None:
-    """Whether a node hands its input on turned (True) or as it is (False); None: neither."""
+def passes_on(node: Any, place: int) -> bool | None:
+    """Whether a node hands its input on: transposed (True), as it is (False), or not (None)."""
     if node.domain not in STANDARD or place != 0 or not node.output:
         return None
     if node.op_type == "Identity":
@@ -195,7 +203,7 @@ def _passed_on(
             continue
         found.add(value)
         for number, place in consumers.get(value, ()):
-            if _passes_on(nodes[number], place) is not None:
+            if passes_on(nodes[number], place) is not None:
                 pending.append(nodes[number].output[0])
     return found
 
