@@ -51,6 +51,22 @@ def read_directly(model: Any, weights: Mapping[str, Weight]) -> None:
         model.opset_import.add(domain=DOMAIN, version=1)
 
 
+def in_standard_operators(model: Any) -> None:
+    """Turn the skeleton's own Linear without a bias back into Transpose and MatMul, to run it."""
+    from onnx import helper
+
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        if node.domain == DOMAIN and node.op_type == LINEAR and len(node.input) == 2:
+            turned = f"{node.output[0]}.{DOMAIN}.transposed"
+            made = helper.make_node("Transpose", [node.input[1]], [turned], perm=[1, 0])
+            model.graph.node.append(made)
+            node.input[1], node.op_type = turned, "MatMul"
+            node.ClearField("domain")
+        model.graph.node.append(node)
+
+
 def _turn(node: Any) -> None:
     """Let a product read its weight untransposed."""
     if node.op_type == "MatMul":

@@ -50,7 +50,7 @@ class Checkpoint:
 
     path          the directory or file that was named
     directory     the real directory, None for a lone file
-    graph         the skeleton (compress/checkpoint/skeleton.py) of an .onnx file, else None
+    graph         of an .onnx file: its skeleton (compress/checkpoint/skeleton.py), serialized
     graph_path    that .onnx file
     config        config.json, parsed strictly; config_bytes are the bytes it was read from
     metadata      merged `__metadata__` of the weight files
@@ -59,7 +59,6 @@ class Checkpoint:
     sidecars      relative paths of other files that belong to the model
     code_files    those among them that hold code, and `config.json:KEY` for keys that name code
     warnings      what the user should know, safe to print
-    graph         of an .onnx file: its skeleton (compress/checkpoint/skeleton.py), serialized
     """
 
     def __init__(self, path: Path, directory: Path | None, shards: dict[str, Shard]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.checkpoint import Checkpoint, skeleton
+from compress.checkpoint.onnx_direct import in_standard_operators
 from compress.checkpoint.skeleton import TYPES
 from compress.errors import InputError, show
 from compress.tensor import DTYPES, Array
@@ -147,6 +148,7 @@ def reference_graph(graph: Any, checkpoint: Checkpoint, folder: Path) -> Path:
 
     model = ModelProto()
     model.CopyFrom(graph)
+    in_standard_operators(model)
     folder.mkdir(parents=True, exist_ok=True)
     offset = 0
     with open(folder / "weights.bin", "wb") as file:
