@@ -28,10 +28,11 @@ class Evaluation:
     def __init__(
         self, source: Checkpoint, request: Request, *, module: str | None = None, threads: int = 0
     ) -> None:
-        self._engine = "decoded" if module is None else "module"
+        is_graph = source.graph_path is not None and module is None
+        self._engine = "onnx" if is_graph else "decoded" if module is None else "module"
         check_kind(request.kind, [self._engine])
         self.data = load_data(request, source)
-        if request.kind == TEXT and module is None:
+        if request.kind == TEXT and self._engine == "decoded":
             check_predicts(source)
         self._request, self._module, self._source = request, module, source
         self._threads = threads

@@ -74,7 +74,7 @@ def make_runner(checkpoint: Checkpoint, engine: str, module: str | None) -> Runn
     if engine == "onnx":
         from compress.evaluate.onnx_outputs import Onnx
 
-        return Onnx(checkpoint.path)
+        return Onnx(_graph_file(checkpoint))
     if engine == "kernels":
         return Kernels(checkpoint.path)
     if engine == "module" and module is not None:
@@ -82,6 +82,18 @@ def make_runner(checkpoint: Checkpoint, engine: str, module: str | None) -> Runn
 
         return Module(load_module(module, in_float32(checkpoint)), str(checkpoint.path))
     return Decoded(in_float32(checkpoint))
+
+
+def _graph_file(checkpoint: Checkpoint) -> Path:
+    """The .onnx file of a checkpoint, or of an output. Raises UsageError where it has none."""
+    path = checkpoint.graph_path or checkpoint.path
+    path = path / "model.onnx" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(
+            f"{show(str(checkpoint.path))}: no model.onnx in it to run",
+            hint="evaluate a finished output",
+        )
+    return path
 
 
 def check_predicts(checkpoint: Checkpoint) -> None:
