@@ -688,3 +688,44 @@ def test_what_is_read_is_what_onnx_reads(
             wanted = numpy_helper.to_array(known[info.name])
             got = checkpoint.read(info)
             assert got.shape == wanted.shape and got.tobytes() == wanted.tobytes()
+
+
+# ---------------------------------------------------------------- from end to end
+
+
+def test_a_graph_with_transposed_and_tied_weights_is_compressed_and_proved(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    nodes = [
+        node("Gather", "table input_ids", "e"),
+        node("Transpose", "a", "at", perm=[1, 0]),
+        node("MatMul", "e at", "h"),
+        node("Relu", "h", "r"),
+        node("MatMul", "r b", "s"),
+        node("Transpose", "table", "tt", perm=[1, 0]),
+        node("MatMul", "s tt", "logits"),
+    ]
+    shapes = {"table": (50, 64), "a": (128, 64), "b": (128, 64)}
+    made = [raw(n, (RNG.standard_normal(s) / 8).astype(np.float32)) for n, s in shapes.items()]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "seq"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "seq", 50])], made,
+    )  # fmt: skip
+    opset = [helper.make_opsetid("", 17)]
+    path = write(tmp_path / "m.onnx", helper.make_model(graph, opset_imports=opset, ir_version=8))
+    out = tmp_path / "out"
+    words = ["run", str(path), "-o", str(out), "quantize:bits=4,group_size=32", "--no-fsync"]
+    done = CliRunner().invoke(cli.app, [*words, "--json"])
+    assert done.exit_code == 0, done.output or done.exception
+    written = onnx.load(out / "model.onnx", load_external_data=False)
+    kinds = sorted(n.op_type for n in written.graph.node)
+    assert kinds.count("MatMulNBits") == 2, kinds
+    import onnxruntime
+
+    ids = np.random.default_rng(1).integers(0, 50, (2, 9))
+    dense, packed = (
+        onnxruntime.InferenceSession(str(p)).run(["logits"], {"input_ids": ids})[0]
+        for p in (path, out / "model.onnx")
+    )
+    error = np.linalg.norm(dense - packed) / np.linalg.norm(dense)
+    assert 0.01 < error < 0.25, "4 bits, and the same function"
