@@ -531,6 +531,8 @@ WHOLE = _changed(lambda model: None)
         (b"", "the file is empty"),
         (WHOLE[:-1], "damaged"),
         (WHOLE[: len(WHOLE) // 2], "damaged"),
+        (WHOLE.replace(b"MatMul", b"M\xfftMul"), "not UTF-8"),
+        (WHOLE.replace(b"B\x01w", b"B\x01\xff"), "name is not UTF-8"),
         (WHOLE + b"\0", "unknown field 0"),
         (WHOLE + b"\xfa\x01\x00", "unknown field 31"),
         (WHOLE + b"\x3a\x00", "field 7 twice"),
@@ -637,7 +639,7 @@ def test_activations_alone_do_not_make_a_graph_quantized(tmp_path: Path) -> None
 @st.composite
 def models(draw: Any) -> bytes:
     """Serialized models with initializers of any type and form."""
-    tensors = [raw("w", W)]
+    tensors = [raw("w", W[:, :17])]  # large enough not to be loaded
     for number in range(draw(st.integers(0, 4))):
         data_type, kind = draw(st.sampled_from(TYPED))
         shape = tuple(draw(st.lists(st.integers(0, 40), max_size=3)))
@@ -662,7 +664,8 @@ def test_what_is_read_is_what_onnx_reads(
     rng = np.random.default_rng(seed)
     mutated = bytearray(data)
     for _ in range(changes):
-        place = int(rng.integers(len(mutated)))
+        reach = len(mutated) if rng.integers(2) else min(300, len(mutated))  # or near the start
+        place = int(rng.integers(reach))
         match rng.integers(4):
             case 0:
                 mutated[place] = int(rng.integers(256))

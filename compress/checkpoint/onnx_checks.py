@@ -33,6 +33,8 @@ def check_model(model: Any, where: str) -> None:
         raise _refused(f"{where}: a graph without nodes", hint="is this an ONNX model?")
     if not model.graph.output:
         raise _refused(f"{where}: a graph without outputs")
+    for function in model.functions:
+        _require_text(where, function.name, function.domain, *function.input, *function.output)
     imports = _imports(model.opset_import, where)
     if not imports:
         raise _refused(f"{where}: no opset_import, so what its operators do is not known")
@@ -95,9 +97,12 @@ def _check_graph(
     graph: Any, imports: set[str], functions: set[tuple[str, str]], where: str, *, is_main: bool
 ) -> None:
     seen: set[str] = set()
+    values = [v.name for v in (*graph.input, *graph.output, *graph.value_info)]
+    _require_text(where, graph.name, *values)
     for name in [t.name for t in graph.initializer] + [
         t.values.name for t in graph.sparse_initializer
     ]:
+        _require_text(where, name)
         if not name or name == "__metadata__":
             raise _refused(f"{where}: an initializer called '{show(name)}'")
         if name in seen:
@@ -129,6 +134,9 @@ def _check_nodes(
     graph: Any, imports: set[str], functions: set[tuple[str, str]], where: str
 ) -> None:
     for node in graph.node:
+        names = [a.name for a in node.attribute]
+        _require_text(where, node.op_type, node.domain, node.name, *names)
+        _require_text(where, *node.input, *node.output)
         domain = _domain(node.domain)
         called = f"node '{show(node.name or ', '.join(node.output))}' ({show(node.op_type)})"
         if not node.op_type:
@@ -174,10 +182,18 @@ def _graphs(root: Any) -> Iterator[tuple[Any, int]]:
 def _imports(entries: Any, where: str) -> set[str]:
     found: dict[str, int] = {}
     for entry in entries:
+        _require_text(where, entry.domain)
         domain = _domain(entry.domain)
         if found.setdefault(domain, entry.version) != entry.version:
             raise _refused(f"{where}: two versions of operator domain '{show(domain)}'")
     return set(found)
+
+
+def _require_text(where: str, *texts: Any) -> None:
+    """Raises InputError for strings of a message that are not UTF-8, which come as bytes."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise _refused(f"{where}: a name in the graph is not UTF-8: {show(repr(text))}")
 
 
 def _domain(domain: str) -> str:

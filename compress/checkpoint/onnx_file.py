@@ -105,9 +105,6 @@ def _read(file: InputFile, directory: str, *, allow_quantized: bool, only_check:
         if not allow_quantized:
             refuse_coded(model, where)
         return reader.read(model, scan.initializers)
-    except UnicodeDecodeError:
-        reader.result.close()
-        raise InputError(f"{where}: a name in the graph is not UTF-8") from None
     except BaseException:
         reader.result.close()
         raise

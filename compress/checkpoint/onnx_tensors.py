@@ -66,7 +66,7 @@ def needed_bytes(where: str, name: str, data_type: int, dims: list[int]) -> int:
 
 def check_inline(tensor: Any, where: str) -> None:
     """Check a parsed TensorProto that stays where it is: its data is in it, and complete."""
-    name = tensor.name
+    name = tensor.name if isinstance(tensor.name, str) else repr(tensor.name)
     if tensor.data_location or len(tensor.external_data):
         raise bad(
             where, name, "its data lies in another file, which only initializers of the main graph"
@@ -255,6 +255,8 @@ class External:
     def _entries(self, tensor: Any) -> Mapping[str, str]:
         entries: dict[str, str] = {}
         for entry in tensor.external_data:
+            if not isinstance(entry.key, str) or not isinstance(entry.value, str):
+                raise bad(self._where, tensor.name, "its external data is described in no UTF-8")
             if entry.key not in _KEYS or entry.key in entries:
                 what = "twice" if entry.key in entries else "unknown"
                 raise bad(
