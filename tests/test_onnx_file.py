@@ -732,3 +732,9 @@ def test_a_graph_with_transposed_and_tied_weights_is_compressed_and_proved(tmp_p
     )
     error = np.linalg.norm(dense - packed) / np.linalg.norm(dense)
     assert 0.01 < error < 0.25, "4 bits, and the same function"
+    done = CliRunner().invoke(cli.app, ["unpack", str(out), "-o", str(tmp_path / "plain")])
+    assert done.exit_code == 0, done.output or done.exception
+    again = onnxruntime.InferenceSession(str(tmp_path / "plain" / "model.onnx"))
+    np.testing.assert_allclose(
+        again.run(["logits"], {"input_ids": ids})[0], packed, rtol=1e-3, atol=1e-4
+    )

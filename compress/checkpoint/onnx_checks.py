@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.checkpoint.onnx_tensors import check_inline
 from compress.checkpoint.onnx_uses import STANDARD
+from compress.checkpoint.skeleton import DOMAIN, LINEAR
 from compress.errors import InputError, show
 
 MAX_DEPTH = 24  # of graphs in nodes of graphs; protobuf itself stops at 32
@@ -24,10 +25,11 @@ _CODED = frozenset({
 _CODES = frozenset({2, 3, 4, 5, 6, 17, 18, 19, 20, 21, 22, 23, 25, 26})  # TensorProto.DataType
 
 
-def check_model(model: Any, where: str) -> None:
+def check_model(model: Any, where: str, *, is_skeleton: bool = False) -> None:
     """Check a ModelProto but for the data of its initializers. Raises InputError.
 
-    where  the file's name, safe to print
+    where        the file's name, safe to print
+    is_skeleton  take the operator of skeletons as well
     """
     if not model.HasField("graph") or not model.graph.node:
         raise _refused(f"{where}: a graph without nodes", hint="is this an ONNX model?")
@@ -41,6 +43,8 @@ def check_model(model: Any, where: str) -> None:
     functions = {(_domain(f.domain), f.name) for f in model.functions}
     if len(functions) != len(model.functions):
         raise _refused(f"{where}: two functions with one name")
+    if is_skeleton:
+        functions.add((DOMAIN, LINEAR))
     for graph, depth in _graphs(model.graph):
         if depth > MAX_DEPTH:
             raise _refused(f"{where}: graphs inside of graphs, more than {MAX_DEPTH} levels deep")

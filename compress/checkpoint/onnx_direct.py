@@ -65,6 +65,10 @@ def in_standard_operators(model: Any) -> None:
             node.input[1], node.op_type = turned, "MatMul"
             node.ClearField("domain")
         model.graph.node.append(node)
+    if all(node.domain != DOMAIN for node in model.graph.node):
+        kept = [entry for entry in model.opset_import if entry.domain != DOMAIN]
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
 
 
 def _turn(node: Any) -> None:

@@ -23,7 +23,7 @@ def read_skeleton(directory: str) -> bytes:
     finally:
         file.close()
     model = parse(raw, show(skeleton.FILE))
-    check_model(model, show(skeleton.FILE))
+    check_model(model, show(skeleton.FILE), is_skeleton=True)
     for tensor in model.graph.initializer:
         if tensor.data_location == 1 and not skeleton.is_weight(tensor):
             raise InputError(
