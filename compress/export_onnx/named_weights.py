@@ -14,7 +14,7 @@ attribute transposed = 1.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,12 +104,8 @@ class NamedWeights:
 
     def _put(self) -> None:
         nodes = {
-            name: torch.onnx.ops.symbolic(
-                f"{DOMAIN}::{WEIGHT}", (), {"name": name},
-                dtype=torch.float32, shape=shape, version=1,
-            )
-            for name, shape in self.shapes.items()
-        }  # fmt: skip
+            name: _node(WEIGHT, (), {"name": name}, shape) for name, shape in self.shapes.items()
+        }
         self._made = {id(node): node for node in nodes.values()}
         for place in self._places:
             place.entries[place.attribute] = nodes[place.name]
@@ -139,8 +135,19 @@ class NamedWeights:
         named = bias is not None and id(bias) in self._made
         if bias is not None and named:
             inputs.append(bias)
-        made = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{LINEAR}", inputs, attributes,
-            dtype=x.dtype, shape=(*x.shape[:-1], columns), version=1,
-        )  # fmt: skip
+        made = _node(LINEAR, inputs, attributes, (*x.shape[:-1], columns))
         return made if bias is None or named else made + bias
+
+
+def _node(
+    kind: str, inputs: Sequence[torch.Tensor], attributes: dict[str, Any], shape: Sequence[Any]
+) -> torch.Tensor:
+    """A node of our domain with one float32 output.
+
+    torch's translations of other operators do arithmetic on what they get, which works on what one
+    of themselves gave, not on a node of another domain: hence the copy, which its optimizer drops.
+    """
+    made = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{kind}", inputs, attributes, dtype=torch.float32, shape=shape, version=1
+    )
+    return made.clone()

@@ -18,6 +18,7 @@ from compress.output import CompressedCheckpoint, open_any
 from compress.runtime.architecture import build, require_transformers
 from compress.runtime.modules import CompressedEmbedding, CompressedLinear, use_dense_kernels
 from compress.runtime.packed import is_packable, is_table, pack_tensor
+from compress.runtime.renaming import renaming_of
 from compress.runtime.slots import Slot, find_slots, persistent_buffers
 from compress.tensor import Array, TensorInfo
 from compress.tensor import Tensor as Weights
@@ -110,6 +111,7 @@ class WeightLoader:
         self.checkpoint, self.model, self.precision = checkpoint, model, precision
         self.slots = find_slots(model)
         self.buffers = persistent_buffers(model)
+        self._renamed = renaming_of(model)
         self.targets = {i.name: self._name_in_model(i.name) for i in checkpoint.infos()}
         self.stored = {target: name for name, target in self.targets.items()}
 
@@ -162,10 +164,8 @@ class WeightLoader:
     def _name_in_model(self, name: str) -> str:
         """The name that the model has for a stored tensor (itself where it has none)."""
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
-        for old, new in (("", ""), *_OLD_NAMES):
-            if not name.endswith(old):
-                continue
-            plain = name.removesuffix(old) + new
+        written = [name.removesuffix(old) + new for old, new in _OLD_NAMES if name.endswith(old)]
+        for plain in (name, *written, self._renamed(name)):
             for candidate in (plain, prefix + plain, plain.removeprefix(prefix)):
                 if candidate in self.slots or candidate in self.buffers:
                     return candidate
