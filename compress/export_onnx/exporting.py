@@ -49,12 +49,19 @@ def failing_in_one_line(where: str, model: Any) -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise InputError(
-            f"{show(where)}: {type(model).__name__} cannot be captured as ONNX:"
-            f" {type(error).__name__}: {show(reason.strip(), 200)}",
+            f"{show(where)}: {type(model).__name__} cannot be captured as ONNX: {_reason(error)}",
             hint="compress an .onnx file of it instead, or write another format",
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong first: torch wraps errors in advice to its developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    first = next((line for line in lines if line), "no reason given")
+    return f"{type(error).__name__}: {show(first, 200)}"
 
 
 @contextlib.contextmanager
