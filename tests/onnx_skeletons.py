@@ -1,7 +1,10 @@
-"""Skeletons that are made runnable: every weight is the checkpoint's decoded tensor, dense."""
+"""Tiny models captured as skeletons, and skeletons made runnable: their weights decoded, dense."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,3 +57,99 @@ def session(model: Any) -> Any:
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+_TEXT = {
+    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "intermediate_size": 24, "max_position_embeddings": 32, "initializer_range": 0.4,
+}  # fmt: skip
+
+
+def _llama() -> Any:
+    import transformers
+
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            **{**_TEXT, "num_hidden_layers": 2}, num_key_value_heads=2, tie_word_embeddings=True
+        )
+    )
+
+
+def _gpt2() -> Any:
+    import transformers
+
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=50, n_embd=16, n_layer=1, n_head=4, n_positions=32, initializer_range=0.4
+        )
+    )
+
+
+def _bert() -> Any:
+    import transformers
+
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(**_TEXT, num_labels=3)
+    )
+
+
+def _resnet() -> Any:
+    import transformers
+
+    return transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=5, layer_type="basic"
+        )
+    )
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "llama": _llama, "gpt2": _gpt2, "bert": _bert, "resnet": _resnet,
+}  # fmt: skip
+
+
+@dataclass
+class Tried:
+    """A saved model, how transformers runs it, its skeleton, and the skeleton made runnable."""
+
+    path: Path
+    reference: Any
+    captured: Any  # compress.export_onnx.capture.Captured
+    session: Any = field(repr=False)
+
+    def run(self, **arrays: Any) -> dict[str, Any]:
+        names = {one.name for one in self.captured.inputs}
+        feed = {name: array for name, array in arrays.items() if name in names}
+        return dict(zip(self.captured.outputs, self.session.run(None, feed), strict=True))
+
+    def expected(self, **arrays: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return self.reference(**{n: torch.from_numpy(a) for n, a in arrays.items()})
+
+    def empty_cache(self, batch: int) -> dict[str, Any]:
+        return {
+            one.name: np.zeros([batch, one.axes[1], 0, one.axes[3]], np.float32)
+            for one in self.captured.inputs
+            if one.name.startswith("past")
+        }
+
+
+def try_out(name: str, path: Path) -> Tried:
+    """A model of MAKERS, saved to `path` and captured."""
+    import torch
+
+    from compress.export_onnx.capture import capture
+    from compress.output import open_any
+
+    torch.manual_seed(0)
+    model = MAKERS[name]().eval()
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith(("running_mean", "running_var")):
+            buffer.uniform_(0.5, 1.5)  # statistics of batches that were seen
+    model.save_pretrained(path)
+    with open_any(path) as checkpoint:
+        captured = capture(checkpoint)
+        made = session(dense(captured.model, checkpoint))
+    return Tried(path, model, captured, made)

@@ -21,7 +21,7 @@ from compress.export_onnx.exporting import (
 )  # fmt: skip
 from compress.export_onnx.named_weights import NamedWeights
 from compress.export_onnx.rewriting import to_skeleton
-from compress.export_onnx.tasks import DECODER, Input, inputs_of, task_of
+from compress.export_onnx.tasks import DECODER, SEQUENCE, TOTAL, Input, inputs_of, task_of
 from compress.export_onnx.wrappers import CacheLayer, Flat, cache_layers
 from compress.run import Progress, silent
 from compress.runtime.architecture import build
@@ -72,6 +72,8 @@ def capture(checkpoint: Checkpoint, *, opset: int = OPSET, progress: Progress = 
         # Masks of the fused attentions are minus infinity, which a padded row turns into NaN.
         model.set_attn_implementation("eager")
         cache = cache_layers(model, weights, inputs) if task == DECODER else []
+        if not cache:  # a mask is as long as what is read
+            inputs = [one.renamed(TOTAL, SEQUENCE) for one in inputs]
         for number, layer in enumerate(cache):
             inputs += layer.inputs(number)
         progress(_STEP, 1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Input:
         """Ones: right for masks, and in range for token numbers, positions and token types."""
         shape = [SAMPLES[axis] if isinstance(axis, str) else axis for axis in self.axes]
         return torch.ones(shape, dtype=self.dtype)
+
+    def renamed(self, axis: str, name: str) -> Input:
+        """The same input with another name for an axis."""
+        return replace(self, axes=tuple(name if one == axis else one for one in self.axes))
 
     def dynamic(self) -> dict[int, Any]:
         """The axes of any size, as `torch.export` wants them."""
