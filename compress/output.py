@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from compress import formats
-from compress.checkpoint import Checkpoint, open_checkpoint, skeleton
+from compress.checkpoint import Checkpoint, manifest, open_checkpoint, skeleton
 from compress.checkpoint.config import parse_config
 from compress.checkpoint.directory import find_sidecars
 from compress.checkpoint.files import InputFile, open_inside, resolve_inside
@@ -336,12 +336,27 @@ def open_any(path: str | Path, *, allow_pickle: bool = False) -> Checkpoint:
     if is_compressed(path):
         return open_output(path)
     try:
-        return open_checkpoint(path, allow_pickle=allow_pickle)
+        checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+        _add_skeleton(checkpoint)
+        return checkpoint
     except AlreadyCompressed:
         raise UsageError(
             f"{show(str(path))}: one file of a compressed checkpoint",
             hint="name the directory that it lies in",
         ) from None
+
+
+def _add_skeleton(checkpoint: Checkpoint) -> None:
+    """Give a plain output that was made from an .onnx file the graph that lies beside it."""
+    folder = checkpoint.directory
+    if folder is None or checkpoint.graph is not None:
+        return
+    if all(os.path.lexists(folder / name) for name in (skeleton.FILE, manifest.NAME)):
+        try:
+            checkpoint.graph = read_skeleton(str(folder))
+        except BaseException:
+            checkpoint.close()
+            raise
 
 
 def _entrance(directory: str) -> str | None:

@@ -15,7 +15,7 @@ from compress.checkpoint.writer import SafetensorsWriter
 from compress.errors import InputError, UsageError, from_os_error, show
 from compress.formats import OWN_FILES
 from compress.layout import MAX_SHARD_BYTES
-from compress.output import is_compressed, open_output
+from compress.output import is_compressed, open_any, open_output
 from compress.run import Progress, silent
 from compress.tensor import TensorInfo
 
@@ -86,7 +86,7 @@ def _open(out: Path) -> Checkpoint:
             f"{show(str(out))}: not an output of this tool",
             hint="a plain checkpoint needs no unpack",
         )
-    return open_checkpoint(out)
+    return open_any(out)
 
 
 def _write_graph(graph: bytes, stage: Stage) -> FileRecord:
