@@ -22,7 +22,7 @@ from compress.checkpoint.config import parse_config
 from compress.checkpoint.directory import find_sidecars
 from compress.checkpoint.files import InputFile, open_inside, resolve_inside
 from compress.checkpoint.safetensors import read_header
-from compress.checkpoint.skeleton_file import read_skeleton
+from compress.checkpoint.skeleton_file import read_skeleton, roles_in_graph
 from compress.checkpoint.source import AlreadyCompressed
 from compress.errors import InputError, UsageError, show
 from compress.formats import metadata
@@ -198,8 +198,11 @@ class CompressedCheckpoint(Checkpoint):
                 infos[stored.name] = stored
         if cast:
             raise self._damaged(f"the tensor {show(min(cast))} is missing")
-        # Roles of tensors that were left alone follow from the config and the original names.
+        # Roles of tensors that were left alone follow from the config and the original names, or
+        # from the nodes of the graph that they come from.
         found = assign_roles(list(infos.values()), self.config)
+        if self.graph is not None:
+            found = roles_in_graph(found, self.graph)
         self._infos = [infos[i.name] if i.name in entries else i for i in found]
         self._originals = {i.name: i for i in self._infos}
         for alias, kept in self.stored.metadata.items():

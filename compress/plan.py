@@ -188,13 +188,10 @@ class Plan:
     @property
     def bytes_before(self) -> int:
         """The source's weight files, config and the files that are copied."""
-        path = self.checkpoint.path
-        folder = self.checkpoint.directory or (path if path.is_dir() else path.parent)
-        weights = sum(
-            (folder / name).stat().st_size for name in {t.info.file for t in self.tensors}
-        )
         return (
-            weights + len(self.checkpoint.config_bytes or b"") + sum(self.layout(1).copies.values())
+            sum(self.checkpoint.weight_files.values())
+            + len(self.checkpoint.config_bytes or b"")
+            + sum(self.layout(1).copies.values())
         )
 
     @property

@@ -28,7 +28,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 FOUR_BITS = "quantize:bits=4,group=32"
-SUPER = 'super-weights:coordinates=["model.layers.0.mlp.down_proj.weight[3,5]"]'
+SUPER = 'super-weights:method=named,coordinates=["model.layers.0.mlp.down_proj.weight:3:5"]'
 
 
 @pytest.fixture(scope="module")

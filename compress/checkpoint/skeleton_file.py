@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from compress.checkpoint import skeleton
 from compress.checkpoint.files import open_inside
 from compress.errors import InputError, show
+from compress.tensor import TensorInfo
 
 MAX_BYTES = 512 << 20
 
@@ -31,3 +35,12 @@ def read_skeleton(directory: str) -> bytes:
                 hint="the file was changed: see compress verify",
             )
     return raw
+
+
+def roles_in_graph(infos: Sequence[TensorInfo], raw: bytes) -> list[TensorInfo]:
+    """The tensors with the roles that the nodes of a serialized skeleton give them."""
+    from compress.checkpoint.onnx_file import parse
+    from compress.checkpoint.onnx_uses import weights_of_graph
+
+    known = weights_of_graph(parse(raw, show(skeleton.FILE)))
+    return [replace(i, role=known[i.name].role) if i.name in known else i for i in infos]

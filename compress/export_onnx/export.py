@@ -205,11 +205,13 @@ def _with_static_activations(folder: Path, model: Any, images: Array) -> tuple[A
 
 
 def _image_feeds(runner: Onnx, images: Array) -> Iterator[Feed]:
-    """Images as the graph takes them, a batch at a time."""
-    spec = next(iter(runner.inputs.values()))
-    step = spec.shape[0] if isinstance(spec.shape[0], int) else _IMAGES
-    for start in range(0, len(images) - (len(images) % step if step > 1 else 0), step):
-        yield runner.feed({"images": images[start : start + step]})
+    """Images as the graph takes them, a batch at a time; a fixed batch leaves a rest out."""
+    fixed = next(iter(runner.inputs.values())).shape[0]
+    step = fixed if isinstance(fixed, int) else _IMAGES
+    for start in range(0, len(images), step):
+        some = images[start : start + step]
+        if len(some) == step or step is not fixed:
+            yield runner.feed({"images": some})
 
 
 # -- the proof ---------------------------------------------------------------------------------
