@@ -88,6 +88,12 @@ class Builder:
                 self.facts.shared[stored] = None
         return self._pointers[key]
 
+    def named(self, stored: Stored, name: str, data_type: int, dims: Sequence[int]) -> str:
+        """`pointer` under a name that the graph's nodes know; another where the range has one."""
+        if (stored, data_type, tuple(dims)) not in self._pointers:
+            self._taken.discard(name)
+        return self.pointer(stored, name, data_type, dims)
+
     def copied(
         self, name: str, data_type: int, dims: Sequence[int], make: Callable[[], Array]
     ) -> str:

@@ -160,8 +160,8 @@ def export_into(
         notes = list(lowered.facts.notes)
         images = None if samples is None else samples.get("images")
         if options.activations != "float" and images is not None:
+            exact = exact or bytes(model.SerializeToString())
             model, more = _with_static_activations(stage.path, model, images)
-            exact = exact or bytes(lowered.model.SerializeToString())
             notes += more
         files[MODEL_FILE] = _write_graph(stage, model)
         seconds = time.perf_counter() - started
@@ -194,24 +194,23 @@ def _with_static_activations(folder: Path, model: Any, images: Array) -> tuple[A
     from compress.export_onnx.static_activations import quantizable, with_static_activations
 
     read = reader_of(str(folder))
-    model = fold_batch_norms(model, read)
-    values = quantizable(model)
+    folded = fold_batch_norms(model, read)
+    values = quantizable(folded)
     if not values:
-        return with_static_activations(model, Ranges({}), read)  # it notes why
-    raw = bytes(model.SerializeToString())
+        return model, with_static_activations(folded, Ranges({}), read)[1]  # it notes why
+    raw = bytes(folded.SerializeToString())
     feeds = _image_feeds(Onnx(folder / MODEL_FILE, raw), images)
     ranges = collect_ranges(raw, feeds, values, folder)
-    return with_static_activations(model, ranges, read)
+    return with_static_activations(folded, ranges, read)
 
 
 def _image_feeds(runner: Onnx, images: Array) -> Iterator[Feed]:
-    """Images as the graph takes them, a batch at a time; a fixed batch leaves a rest out."""
-    fixed = next(iter(runner.inputs.values())).shape[0]
-    step = fixed if isinstance(fixed, int) else _IMAGES
-    for start in range(0, len(images), step):
-        some = images[start : start + step]
-        if len(some) == step or step is not fixed:
-            yield runner.feed({"images": some})
+    """Images as the graph takes them, a batch at a time; what fills no fixed batch is left out."""
+    size = next(iter(runner.inputs.values())).shape[0]
+    fixed = isinstance(size, int) and size > 0
+    step, rest = (size, len(images) % size) if fixed else (_IMAGES, 0)
+    for start in range(0, len(images) - rest, step):
+        yield runner.feed({"images": images[start : start + step]})
 
 
 # -- the proof ---------------------------------------------------------------------------------

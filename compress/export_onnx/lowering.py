@@ -445,6 +445,8 @@ class _Lowering:
                     hint="store it in another dtype: --untouched bf16 or fp16",
                 )
             have = TYPES[stored.dtype]
+            if have == tensor.data_type and builder.named(stored, name, have, stored.shape) == name:
+                return
             held = builder.pointer(stored, f"{name}.stored", have, stored.shape)
         op_type, attributes = "Identity", {}
         if have != tensor.data_type:
