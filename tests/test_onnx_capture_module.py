@@ -17,7 +17,7 @@ from toolbox import write_safetensors
 from compress.checkpoint import open_checkpoint, skeleton
 from compress.engines.module import load_module, run_images
 from compress.errors import InputError, UsageError
-from compress.export_onnx import exporter
+from compress.export_onnx import exporting_module, torch_exporter
 from compress.export_onnx.batch_norm import fold_batch_norms
 from compress.export_onnx.capture_module import capture_module
 from compress.export_onnx.graph_index import reader_of
@@ -135,7 +135,7 @@ def test_values_called_as_a_weight_is_called_get_out_of_its_way(tmp_path: Path) 
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
     opset = [helper.make_opsetid("", 21)]
     model = onnx_ir.from_proto(helper.make_model(graph, opset_imports=opset, ir_version=10))
-    exporter.optimize(model, {"inner.w": "w"})
+    exporting_module.optimize(model, {"inner.w": "w"})
     made = onnx_ir.to_proto(model).graph
     assert [list(n.input) for n in made.node] == [["x", "w"], ["w_1", "k"]]
     assert [one.name for one in made.input] == ["x", "w"]
@@ -177,7 +177,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("importlib.util.find_spec", find)
     with pytest.raises(UsageError, match="needs the package onnxscript") as raised:
-        exporter.require_exporter()
+        torch_exporter.require_exporter()
     assert "pip install 'compress-checkpoints[onnx]'" in str(raised.value.hint)
 
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from compress.checkpoint import Checkpoint
-from compress.export_onnx.exporting import (
+from compress.export_onnx.exporting_model import (
     check_opset,
     export,
     failing_in_one_line,
-    require_exporter,
 )  # fmt: skip
 from compress.export_onnx.named_weights import NamedWeights
 from compress.export_onnx.rewriting import to_skeleton
 from compress.export_onnx.tasks import DECODER, SEQUENCE, TOTAL, Input, inputs_of, task_of
+from compress.export_onnx.torch_exporter import require_exporter
 from compress.export_onnx.wrappers import CacheLayer, Flat, cache_layers
 from compress.run import Progress, silent
 from compress.runtime.architecture import build
@@ -60,7 +60,7 @@ def capture(checkpoint: Checkpoint, *, opset: int = OPSET, progress: Progress = 
     architecture is none that can be captured (encoder-decoders); InputError where checkpoint and
     config do not fit, or the model's code cannot be traced.
     """
-    require_exporter()
+    require_exporter("transformers")
     check_opset(opset)
     where = str(checkpoint.path)
     progress(_STEP, 0, 2)

@@ -12,7 +12,8 @@ from torch import nn
 from compress.checkpoint import Checkpoint, skeleton
 from compress.engines.module import UserModule, load_module, output_of
 from compress.errors import InputError, UsageError, show
-from compress.export_onnx.exporter import export, optimize, require_exporter
+from compress.export_onnx.exporting_module import export, optimize
+from compress.export_onnx.torch_exporter import require_exporter
 from compress.tensor import Array
 
 _INNER = "inner."

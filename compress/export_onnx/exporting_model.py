@@ -1,11 +1,8 @@
-"""torch's exporter, called so that it says nothing and fails with one line."""
+"""torch's exporter on a transformers model whose weights are nodes."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 
 from compress.errors import InputError, UsageError, show
 from compress.export_onnx.tasks import Input
+from compress.export_onnx.torch_exporter import quiet, reason
 from compress.export_onnx.wrappers import Flat
 
 OPSETS = range(18, 26)  # of the domain "", that torch's exporter writes
@@ -20,18 +18,6 @@ OPSETS = range(18, 26)  # of the domain "", that torch's exporter writes
 FAILURES = (
     RuntimeError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError,
 )  # fmt: skip
-
-
-def require_exporter() -> None:
-    """Raises UsageError that says what to install where torch's exporter cannot run."""
-    try:
-        import onnxscript  # noqa: F401
-        import transformers  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"capturing a model as ONNX needs the package {error.name}",
-            hint="pip install 'compress-checkpoints[onnx]'",
-        ) from None
 
 
 def check_opset(opset: int) -> None:
@@ -50,35 +36,9 @@ def failing_in_one_line(where: str, model: Any) -> Iterator[None]:
         yield
     except FAILURES as error:
         raise InputError(
-            f"{show(where)}: {type(model).__name__} cannot be captured as ONNX: {_reason(error)}",
+            f"{show(where)}: {type(model).__name__} cannot be captured as ONNX: {reason(error)}",
             hint="compress an .onnx file of it instead, or write another format",
         ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong first: torch wraps errors in advice to its developers."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines()]
-    first = next((line for line in lines if line), "no reason given")
-    return f"{type(error).__name__}: {show(first, 200)}"
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Neither warnings nor log lines nor anything printed."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _zero_and_one_are_sizes() -> Any:
@@ -94,7 +54,7 @@ def export(flat: Flat, inputs: Sequence[Input], opset: int) -> Any:
     It is traced as Python runs (`strict=False`), with sizes of 0 and 1 allowed on every free axis.
     """
     free = [one.dynamic() for one in inputs]
-    with _silence(), torch.no_grad(), _zero_and_one_are_sizes():
+    with quiet(), torch.no_grad(), _zero_and_one_are_sizes():
         program = torch.export.export(
             flat, ([one.sample() for one in inputs],), dynamic_shapes=(free,), strict=False
         )

@@ -1,28 +1,12 @@
-"""torch.onnx.export, silent, and with errors of one line."""
+"""torch's exporter on a user's own module, whose weights are there and are not folded."""
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from compress.errors import InputError, UsageError, show
-
-_INSTALL = "pip install 'compress-checkpoints[onnx]'"
-
-
-def require_exporter() -> None:
-    """Raises UsageError where a package that torch.onnx.export needs is not installed."""
-    missing = [n for n in ("onnx", "onnxscript", "onnx_ir") if not importlib.util.find_spec(n)]
-    if missing:
-        raise UsageError(
-            f"making an ONNX graph of a torch model needs the package {missing[0]}",
-            hint=f"install it: {_INSTALL}",
-        )
+from compress.errors import InputError, show
+from compress.export_onnx.torch_exporter import quiet, reason, require_exporter
 
 
 def export(
@@ -59,7 +43,7 @@ def export(
             )
     except torch.onnx.OnnxExporterError as error:
         raise InputError(
-            f"{show(where)}: torch.onnx.export cannot make a graph of it: {_reason(error)}",
+            f"{show(where)}: torch.onnx.export cannot make a graph of it: {reason(error)}",
             hint="torch.export has to trace its forward: no branches on values, no fixed batch",
         ) from error
     if program is None:
@@ -96,33 +80,8 @@ def optimize(model: Any, weights: Mapping[str, str]) -> None:
         value.name = stored
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing is printed, logged or warned of inside."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            redirect_stdout(io.StringIO()),
-            redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def _free(name: str, names: set[str]) -> str:
     number = 1
     while f"{name}_{number}" in names:
         number += 1
     return f"{name}_{number}"
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong first, which wrappers bury."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    first = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {show(first.strip(), 200)}"
