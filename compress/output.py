@@ -29,7 +29,7 @@ from compress.formats import metadata
 from compress.formats.arrays import cast_like, plain
 from compress.formats.base import MODEL, ArraySpec, Entry, Format
 from compress.roles import assign_roles
-from compress.tensor import DTYPES, Array, Tensor, TensorInfo
+from compress.tensor import DTYPES, Array, Role, Tensor, TensorInfo
 
 # What may be the weights of an output, in order of preference.
 _ENTRANCES = (
@@ -251,7 +251,7 @@ class Float32Output(Checkpoint):
         self.rounded, self.sidecars = dict(output.rounded), list(output.sidecars)
         self.graph = output.graph
         self._output = output
-        self._last_read: tuple[str, Array] | None = None
+        self._last_read: tuple[str, Callable[[int, int | None], Array]] | None = None
         self._infos = [
             replace(i, dtype="F32", nbytes=4 * i.size) if self._is_coded(i) else i
             for i in output.infos()
@@ -268,17 +268,43 @@ class Float32Output(Checkpoint):
         if not self._is_coded(info):
             return self._output.read(info, start, stop)
         last = self._last_read
-        if last is None or last[0] != info.name:  # a table is read row by row
+        if last is None or last[0] != info.name:
             tensor = self._output.tensor(info.name)
-            values = np.ascontiguousarray(tensor.info.from_matrix(tensor.decode()))
-            last = self._last_read = info.name, values.reshape(info.shape)
-        return np.array(last[1][start:stop])
+            if start == 0 and stop in (None, info.shape[0]):
+                return _decode(tensor)  # it is large and not read again
+            last = self._last_read = info.name, _rows_of(tensor)
+        return last[1](start, stop)
 
     def _is_coded(self, info: TensorInfo) -> bool:
         """Whether float32 is more than the source's dtype holds; float64 is left as it is."""
         entry = self._output.entries.get(info.name)
         coded = entry is not None and (entry.terms.codes is not None or entry.terms.rank > 0)
         return coded and self._output.info(info.name).dtype != "F64"
+
+
+def _decode(tensor: Tensor) -> Array:
+    """float32 in the tensor's own shape."""
+    return np.ascontiguousarray(tensor.info.from_matrix(tensor.decode())).reshape(tensor.info.shape)
+
+
+def _rows_of(tensor: Tensor) -> Callable[[int, int | None], Array]:
+    """Reads rows [start, stop) in float32; a table of codes stays one, as large as it was."""
+    codes, info = tensor.codes, tensor.info
+    bare = tensor.factors is None and tensor.outliers is None and info.role is not Role.CONV1D
+    if codes is None or not bare or len(info.shape) != 2:
+        values = _decode(tensor)
+        return lambda start, stop: np.array(values[start:stop])
+    one_scale = codes.scale.shape[0] != info.shape[0]
+
+    def rows(start: int, stop: int | None) -> Array:
+        scale, points = codes.scale, codes.zero_point
+        if not one_scale:
+            scale = scale[start:stop]
+            points = None if points is None else np.ascontiguousarray(points[start:stop])
+        values = np.ascontiguousarray(codes.values[start:stop])
+        return replace(codes, values=values, scale=scale, zero_point=points).dequantize()
+
+    return rows
 
 
 def in_float32(checkpoint: Checkpoint) -> Checkpoint:

@@ -222,13 +222,13 @@ def _prove(
     graph = stage.path / MODEL_FILE
     if prepared.task == GRAPH:
         return _prove_graph(stage, prepared, output, exact, samples)
-    from compress.evaluate.onnx_outputs import Onnx
-
     inputs, said = _inputs_of(prepared, output, samples)
     if prepared.task == MODULE:
         return _prove_module(graph, prepared, output, exact, samples)
-    runner = Onnx(graph)
-    feeds = [_feed(runner, one) for one in inputs]
+
+    def feeds(runner: Onnx) -> list[Feed]:
+        return [_feed(runner, one) for one in inputs]
+
     name = "last_hidden_state" if prepared.task == ENCODER else "logits"
     return compare(graph, exact, feeds, _decoded(output, inputs, name), said)
 
@@ -276,9 +276,7 @@ def _prove_module(
     import torch
 
     from compress.engines.module import load_module
-    from compress.evaluate.onnx_outputs import Onnx
 
-    runner = Onnx(graph)
     images = None if samples is None else samples.get("images")
     said = "random" if images is None else "calibration"
     if images is None:
@@ -286,12 +284,14 @@ def _prove_module(
         images = np.random.default_rng(0).integers(0, 256, (4, *shape)).astype(np.uint8)
     images = images[:_PROOF_IMAGES]
     module = load_module(prepared.options.module or "", in_float32(output))
-    feeds = [runner.feed({"images": images})]
+
+    def feeds(runner: Onnx) -> list[Feed]:
+        return [runner.feed({"images": images})]
 
     def reference() -> Iterator[dict[str, Array]]:
         with torch.no_grad():
             values = module.call({"images": images})
-        yield {runner.outputs[0]: np.asarray(values.float().numpy())}
+        yield {"logits": np.asarray(values.float().numpy())}
 
     return compare(graph, exact, feeds, reference(), said)
 
@@ -311,10 +311,11 @@ def _prove_graph(
         names = [o.name for o in reference.session.get_outputs() if "float" in o.type]
         if not names:
             raise InputError(f"{MODEL_FILE}: no output of floating-point numbers to compare")
-        outputs = (
+        outputs = [
             dict(zip(names, reference.outputs_of(feed, names), strict=True)) for feed in feeds
-        )
-        return compare(graph, exact, feeds, outputs, said)
+        ]
+        del reference  # its weights are not compressed
+        return compare(graph, exact, lambda _: feeds, outputs, said)
     finally:
         if folder.is_dir():
             remove_folder(folder)

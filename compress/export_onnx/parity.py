@@ -7,7 +7,7 @@ graph with exact products, which shows whether weights and operators are right.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ EXACT = 1e-3  # relative error that exact products stay under: float32 sums in a
 ROUNDED = 0.25  # of graphs that round activations, on inputs made up at random
 _SEED = 20260101
 _BATCH, _LENGTH = 2, 12
+_CHUNK = 1 << 20
 Feed = Mapping[str, Array]
 
 
@@ -73,34 +74,45 @@ class Parity:
 def compare(
     graph: Path,
     exact: bytes | None,
-    feeds: Sequence[Feed],
+    feeds: Callable[[Onnx], Sequence[Feed]],
     reference: Iterable[Mapping[str, Array]],
     inputs: str,
 ) -> Parity:
-    """Run the graph and its exact twin on every feed beside the reference's outputs.
+    """Run the graph and its exact twin on every feed, and hold them to the reference's outputs.
 
     exact      the graph with exact products, its data in the graph's folder; None: it has them
+    feeds      what a session of the graph is fed with
     reference  outputs by name for each feed, in order; the names that both have are compared
+    The three run one after the other, so that the weights of one are in memory at a time.
     """
     from compress.evaluate.onnx_outputs import Onnx
 
-    runners = [Onnx(graph)]
+    wanted = list(reference)
+    runner = Onnx(graph)
+    given = feeds(runner)
+    sums = [_sums_of(runner, given, wanted, graph.name)]
+    del runner
     if exact is not None:
-        runners.append(Onnx(graph, exact, exact=True))
-    sums = np.zeros((len(runners), 4))  # squared difference, product, squares of both
-    for feed, wanted in zip(feeds, reference, strict=True):
-        for place, runner in enumerate(runners):
-            names = [name for name in wanted if name in runner.outputs]
-            if not names:
-                raise InputError(f"{graph.name}: none of its outputs is known to our decode")
-            for name, got in zip(names, runner.outputs_of(feed, names), strict=True):
-                sums[place] += _sums(name, got, wanted[name])
-    error, norm = np.sqrt(sums[:, 0]), np.sqrt(sums[:, 3])
+        sums.append(_sums_of(Onnx(graph, exact, exact=True), given, wanted, graph.name))
+    error, norm = np.sqrt([s[0] for s in sums]), np.sqrt([s[3] for s in sums])
     relative = np.where(error == 0, 0.0, error / np.maximum(norm, np.finfo(float).tiny))
-    cosine = sums[0, 1] / max(np.sqrt(sums[0, 2] * sums[0, 3]), np.finfo(float).tiny)
+    cosine = sums[0][1] / max(np.sqrt(sums[0][2] * sums[0][3]), np.finfo(float).tiny)
     return Parity(
-        float(relative[0]), float(relative[-1]), float(min(1.0, cosine)), len(feeds), inputs
+        float(relative[0]), float(relative[-1]), float(min(1.0, cosine)), len(given), inputs
     )
+
+
+def _sums_of(
+    runner: Onnx, feeds: Sequence[Feed], wanted: Sequence[Mapping[str, Array]], where: str
+) -> Array:
+    sums = np.zeros(4)  # of squared differences, of products, of the squares of both
+    for feed, outputs in zip(feeds, wanted, strict=True):
+        names = [name for name in outputs if name in runner.outputs]
+        if not names:
+            raise InputError(f"{where}: none of its outputs is known to our decode")
+        for name, got in zip(names, runner.outputs_of(feed, names), strict=True):
+            sums += _sums(name, got, outputs[name])
+    return sums
 
 
 def exact_twin(model: Any) -> bytes | None:
@@ -193,9 +205,12 @@ def _sums(name: str, got: Array, wanted: Array) -> Array:
         raise InputError(
             f"the output {show(name)} is {list(got.shape)}, our decode gives {list(wanted.shape)}"
         )
-    a, b = got.astype(np.float64).reshape(-1), wanted.astype(np.float64).reshape(-1)
-    difference = a - b
-    found: Array = np.array([difference @ difference, a @ b, a @ a, b @ b])
+    found: Array = np.zeros(4)
+    flat, other = got.reshape(-1), wanted.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):  # in float64 without a copy of all of them
+        a, b = (v[start : start + _CHUNK].astype(np.float64) for v in (flat, other))
+        difference = a - b
+        found += [difference @ difference, a @ b, a @ a, b @ b]
     return found
 
 
