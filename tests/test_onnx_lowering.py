@@ -147,3 +147,19 @@ def test_every_term_runs_as_it_decodes(model: Path, tmp_path: Path, recipe: str,
     compressed(model, out, RECIPES[recipe], fmt)
     export(out, Style(accuracy_level=0))
     check(out)
+
+
+def test_a_table_that_is_multiplied_too_is_written_once(model: Path, tmp_path: Path) -> None:
+    name, out = "model.embed_tokens.weight", tmp_path / "out"
+    compressed(model, out, (f"quantize:bits=3,group=16,targets={name}",), "native")
+    graph = graph_of_kinds()
+    graph.graph.node.append(
+        helper.make_node("Linear", ["h", name], ["logits"], domain=skeleton.DOMAIN)
+    )
+    graph.graph.input.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, ["b", 64]))
+    graph.graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", 50]))
+    for style in (Style(), Style(self_contained=True)):
+        lowered = export(out, style, graph)
+        assert [n.op_type for n in lowered.model.graph.node].count("GatherBlockQuantized") == 1
+        codes = [c.nbytes for c in lowered.copies if name in c.name and c.nbytes >= 50 * 64 // 2]
+        assert codes == [50 * 64 // 2]  # 3 bits are widened to 4

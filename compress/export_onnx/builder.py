@@ -63,6 +63,7 @@ class Builder:
         self.data_bytes = 0
         self._taken = taken
         self._pointers: dict[tuple[Stored, int, tuple[int, ...]], str] = {}
+        self._copied: dict[tuple[object, int, int], int] = {}  # -> offset in the data file
 
     def unique(self, name: str) -> str:
         """The name, or with a number where the graph has it already."""
@@ -79,7 +80,7 @@ class Builder:
         if key not in self._pointers:
             if self.style.self_contained:
                 self._pointers[key] = self.copied(
-                    name, data_type, dims, lambda: self.weights.read(stored)
+                    name, data_type, dims, lambda: self.weights.read(stored), stored
                 )
             else:
                 self._pointers[key] = self._external(
@@ -95,14 +96,22 @@ class Builder:
         return self.pointer(stored, name, data_type, dims)
 
     def copied(
-        self, name: str, data_type: int, dims: Sequence[int], make: Callable[[], Array]
-    ) -> str:
-        """An initializer in the data file; `make` returns its bytes when they are wanted."""
+        self, name: str, data_type: int, dims: Sequence[int], make: Callable[[], Array],
+        source: object = None,
+    ) -> str:  # fmt: skip
+        """An initializer in the data file; `make` returns its bytes when they are wanted.
+
+        source  what the bytes are made of, the name where it is None: what was asked for before,
+                in whatever shape, is not written again
+        """
         nbytes = array_bytes(data_type, dims)
-        align = _PAGE if nbytes >= _PAGE else _ALIGN
-        offset = -(-self.data_bytes // align) * align
-        self.data_bytes = offset + nbytes
-        self.copies.append(Copy(name, offset, nbytes, make))
+        key = (name if source is None else source, data_type, nbytes)
+        offset = self._copied.get(key)
+        if offset is None:
+            align = _PAGE if nbytes >= _PAGE else _ALIGN
+            offset = self._copied[key] = -(-self.data_bytes // align) * align
+            self.data_bytes = offset + nbytes
+            self.copies.append(Copy(name, offset, nbytes, make))
         return self._external(name, data_type, dims, DATA_FILE, offset, nbytes)
 
     def constant(self, name: str, values: Any, data_type: type[Any] = np.int64) -> str:

@@ -359,9 +359,7 @@ class _Lowering:
         else:
             form = matrix.form()
             if form.kind is Kind.BLOCKS:
-                codes, scales, points = matrix.blocks(form)
-                flat = builder.constant(f"{name}.table", [matrix.rows, -1])
-                codes = builder.node(builder.prelude, "Reshape", [codes, flat], f"{name}.table")
+                codes, scales, points = matrix.blocks(form, flat=True)
                 rows = builder.node(
                     body,
                     "GatherBlockQuantized",

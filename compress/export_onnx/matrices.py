@@ -86,9 +86,13 @@ class Matrix:
                 return found
         return form_of(self.info, codes)
 
-    def blocks(self, form: Form) -> tuple[str, str, str]:
-        """Names of codes [out, blocks, bytes], scales [out, blocks] and zero points ("": none)."""
-        dims = (self.rows, form.count, form.block * form.bits // 8)
+    def blocks(self, form: Form, *, flat: bool = False) -> tuple[str, str, str]:
+        """Names of codes [out, blocks, bytes], scales [out, blocks] and zero points ("": none).
+
+        flat  codes [out, blocks * bytes]; a node that reshapes them would copy them
+        """
+        size = form.block * form.bits // 8
+        dims = (self.rows, form.count * size) if flat else (self.rows, form.count, size)
         codes = self._codes(form, UINT8, dims)
         return codes, self._block_scales(form), self._zero_points(form, UINT8)
 
