@@ -32,7 +32,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern.removeprefix(REGEX))
     except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(
-            f"pattern '{show(pattern)}' is not a regular expression: {error}",
+            f"pattern '{show(pattern)}' is not a regular expression: {show(str(error))}",
             hint="escape special characters with a backslash, or write a glob without re:",
         ) from None
 

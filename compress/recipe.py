@@ -277,7 +277,9 @@ def _output(mapping: Any) -> Output:
         ("untouched", output.untouched, UNTOUCHED),
     ):
         if value not in allowed:
-            raise UsageError(f"output: {key} {value!r} is not one of {', '.join(allowed)}")
+            raise UsageError(
+                f"output: {key} {show(repr(value))} is not one of {', '.join(allowed)}"
+            )
     return output
 
 

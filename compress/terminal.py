@@ -106,10 +106,10 @@ class progress_bar:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
-            console=Console(stderr=True),
+            console=Console(stderr=True, markup=False),
             transient=True,
         )
         self._bar.start()

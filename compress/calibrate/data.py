@@ -168,7 +168,9 @@ def parse_pairs(text: str, path: Path) -> tuple[list[str], list[str], NDArray[np
             second.append(row[1])
             scores.append(score)
     except csv.Error as error:
-        raise InputError(f"{show(str(path))}, line {reader.line_num}: {error}") from error
+        raise InputError(
+            f"{show(str(path))}, line {reader.line_num}: {show(str(error))}"
+        ) from error
     except ValueError as error:
         raise InputError(
             f"{show(str(path))}, line {reader.line_num}: {show(repr(row[2]))} is no score"

@@ -109,7 +109,7 @@ def _sums_of(
     for feed, outputs in zip(feeds, wanted, strict=True):
         names = [name for name in outputs if name in runner.outputs]
         if not names:
-            raise InputError(f"{where}: none of its outputs is known to our decode")
+            raise InputError(f"{show(where)}: none of its outputs is known to our decode")
         for name, got in zip(names, runner.outputs_of(feed, names), strict=True):
             sums += _sums(name, got, outputs[name])
     return sums

@@ -309,7 +309,7 @@ class LowRank(Pass):
             return [Metric.full(m, self.damping) for m in statistics.second_moment()]
         except ValueError as error:
             raise UsageError(
-                f"tensor {show(info.name)}: {error}",
+                f"tensor {show(info.name)}: {show(str(error), 200)}",
                 hint="use a larger damping=, more calibration data, or metric=diag",
             ) from error
 

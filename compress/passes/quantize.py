@@ -383,7 +383,7 @@ class Quantize(Pass):
             raise _input_error(tensor, bad, self.scale_dtype) from None
         except ValueError as error:
             raise UsageError(
-                f"tensor {show(tensor.info.name)}: {error}",
+                f"tensor {show(tensor.info.name)}: {show(str(error), 200)}",
                 hint="use a larger damping=, more calibration data, or solver=round for it",
             ) from error
         decoded = tensor.with_(codes=codes, factors=None).decode()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compress.errors import InputError, UsageError
+from compress.errors import InputError, UsageError, show
 from compress.kernels import dispatch
 from compress.run import peak_memory
 from compress.runtime.architecture import require_transformers
@@ -162,9 +162,13 @@ def _decode(candidate: Candidate, tokens: int) -> None:
 def print_bench(body: dict[str, Any], console: Any) -> None:
     """The tables, for a terminal of 80 columns."""
     from rich.table import Table
+    from rich.text import Text
 
     console.print(
-        f"{body['model']}, {body['dtype']}, {body['threads']} threads, {body['backend']} kernels"
+        Text(
+            f"{show(str(body['model']))}, {body['dtype']}, {body['threads']} threads,"
+            f" {body['backend']} kernels"
+        )
     )
     speeds = Table("tokens a second", box=None, padding=(0, 1))
     for title in ("decode, batch 1", f"prompt of {body['prompt_tokens']}"):
@@ -175,9 +179,11 @@ def print_bench(body: dict[str, Any], console: Any) -> None:
     memory = body["memory"]
     ratio = memory["resident_weight_bytes"] / max(1, memory["packed_bytes"])
     console.print(
-        f"weights: {memory['packed_bytes'] / 1e6:,.1f} MB on disk,"
-        f" {memory['resident_weight_bytes'] / 1e6:,.1f} MB in memory ({ratio:.2f} x);"
-        f" peak memory {memory['peak_memory_bytes'] / 1e6:,.0f} MB"
+        Text(
+            f"weights: {memory['packed_bytes'] / 1e6:,.1f} MB on disk,"
+            f" {memory['resident_weight_bytes'] / 1e6:,.1f} MB in memory ({ratio:.2f} x);"
+            f" peak memory {memory['peak_memory_bytes'] / 1e6:,.0f} MB"
+        )
     )
     if body["layers"]:
         console.print(_layer_table(body["layers"]))
@@ -185,9 +191,9 @@ def print_bench(body: dict[str, Any], console: Any) -> None:
     for layer in body["layers"]:
         if layer["break_even"] is not None:
             rows, columns = layer["shape"]
-            console.print(f"{rows}x{columns}: {layer['break_even']['text']}")
+            console.print(Text(f"{rows}x{columns}: {layer['break_even']['text']}"))
     for note in body["notes"]:
-        console.print(note)
+        console.print(Text(note))
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from compress import __version__
 from compress.checkpoint import Checkpoint, strict_json
 from compress.checkpoint.destination import refuse_overlap
+from compress.checkpoint.files import open_inside
 from compress.errors import InputError, UsageError, from_os_error, show
 from compress.evaluate.finished import Evaluation
 from compress.evaluate.metrics import METRICS, evaluated, require
@@ -200,14 +201,16 @@ def _open(job: Job, out: Path, resume: bool) -> dict[str, dict[str, Any]]:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        raw = results.read_bytes() if resume and results.exists() else None
+        there = resume and os.path.lexists(results)
     except OSError as error:
         raise from_os_error(error, doing="cannot use") from error
-    if raw is None:
+    if not there:
         return {}
-    if len(raw) > _MAX_RESULTS:
-        raise InputError(f"{show(str(results))}: too large", hint="choose another output")
-    body = strict_json.parse(raw, str(results), floats=True)
+    file = open_inside(os.path.realpath(out), RESULTS)
+    try:
+        body = strict_json.loads(file.read_all(_MAX_RESULTS), str(results))
+    finally:
+        file.close()
     try:
         key, rows = body["key"], body["points"]
         kept = {str(row["key"]): dict(row) for row in rows if row["metrics"] is not None}
