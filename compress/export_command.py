@@ -133,8 +133,8 @@ def _export_onnx(
 
     from compress.calibrate.on_the_way import CalibrateOn
     from compress.checkpoint.destination import refuse_overlap
-    from compress.checkpoint.stage import Stage
-    from compress.errors import GateError, from_os_error
+    from compress.checkpoint.stage import staged
+    from compress.errors import GateError
     from compress.export_onnx.export import export_into, prepare
     from compress.export_onnx.on_the_way import samples_of, with_image_shape
     from compress.output import open_any
@@ -150,9 +150,12 @@ def _export_onnx(
             _require_own(out, checkpoint)
         prepared = prepare(checkpoint, options, progress)
         known = samples_of(checkpoint, None, given, seed=0)
-        stage = Stage(target or out, overwrite=overwrite or target is None, fsync=fsync)
-        try:
-            stage.open()
+        with staged(
+            target or out,
+            overwrite=overwrite or target is None,
+            fsync=fsync,
+            doing="cannot write the export",
+        ) as stage:
             files = _keep(out, stage) if target is None else _surroundings(checkpoint, stage)
             exported = export_into(
                 stage, prepared, known, progress, weights=None if target is None else checkpoint
@@ -165,13 +168,6 @@ def _export_onnx(
                 in_place=target is None,
             )  # fmt: skip
             stage.write_file("manifest.json", body)
-            stage.publish()
-        except OSError as error:
-            stage.abandon()
-            raise from_os_error(error, doing="cannot write the export") from error
-        except BaseException:
-            stage.abandon()
-            raise
     where = target or out
     return {
         "onnx": dict(exported.section),

@@ -10,9 +10,9 @@ from typing import Any
 from compress.checkpoint import Checkpoint, manifest, open_checkpoint
 from compress.checkpoint.destination import refuse_overlap
 from compress.checkpoint.manifest import FileRecord
-from compress.checkpoint.stage import Stage
+from compress.checkpoint.stage import Stage, staged
 from compress.checkpoint.writer import SafetensorsWriter
-from compress.errors import InputError, UsageError, from_os_error, show
+from compress.errors import InputError, UsageError, show
 from compress.formats import OWN_FILES
 from compress.layout import MAX_SHARD_BYTES
 from compress.output import is_compressed, open_any, open_output
@@ -37,9 +37,9 @@ def unpack_output(
     started = time.perf_counter()
     refuse_overlap(out, dense)
     with _open(out) as checkpoint:
-        stage = Stage(dense, overwrite=overwrite, fsync=fsync)
-        try:
-            stage.open()
+        with staged(
+            dense, overwrite=overwrite, fsync=fsync, doing="cannot write the output"
+        ) as stage:
             files = _write(checkpoint, stage, progress)
             checkpoint.check_unchanged()
             if checkpoint.graph is not None:
@@ -57,13 +57,6 @@ def unpack_output(
                 run={"seconds": round(time.perf_counter() - started, 3)},
             )
             stage.write_file(manifest.NAME, body)
-            stage.publish()
-        except OSError as error:
-            stage.abandon()
-            raise from_os_error(error, doing="cannot write the output") from error
-        except BaseException:
-            stage.abandon()
-            raise
         tensors = len(checkpoint.infos())
     nbytes = sum(r.nbytes for r in files.values())
     return {

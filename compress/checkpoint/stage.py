@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,25 @@ class Stage:
             self.sync(file.fileno())
         os.replace(temporary, target)
         return FileRecord(len(content), hashlib.sha256(content).hexdigest())
+
+
+@contextlib.contextmanager
+def staged(out: Path, *, overwrite: bool, fsync: bool, doing: str) -> Iterator[Stage]:
+    """A fresh stage that is published where the block ends, and removed where it fails.
+
+    An OSError becomes a ResourceError that says `doing`.
+    """
+    stage = Stage(out, overwrite=overwrite, fsync=fsync)
+    try:
+        stage.open()
+        yield stage
+        stage.publish()
+    except OSError as error:
+        stage.abandon()
+        raise from_os_error(error, doing=doing) from error
+    except BaseException:
+        stage.abandon()
+        raise
 
 
 def _look(folder: Path, out_name: str) -> dict[str, Any] | None:

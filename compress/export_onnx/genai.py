@@ -17,9 +17,9 @@ from typing import Any
 from compress.checkpoint import manifest
 from compress.checkpoint.destination import refuse_overlap
 from compress.checkpoint.manifest import FileRecord
-from compress.checkpoint.stage import Stage
+from compress.checkpoint.stage import Stage, staged
 from compress.checkpoint.writer import SafetensorsWriter, nbytes_of
-from compress.errors import InputError, UsageError, from_os_error, show
+from compress.errors import InputError, UsageError, show
 from compress.export_onnx import genai_builder
 from compress.export_onnx.genai_builder import BuilderOptions
 from compress.export_onnx.genai_layout import Layout, Linear, Spec, plan_layout
@@ -63,9 +63,7 @@ def write_genai(
     with closing(open_output(out)) as checkpoint:
         layout = plan_layout(checkpoint)
         arguments = options.arguments(layout.extra_options)
-        stage = Stage(to, overwrite=overwrite, fsync=fsync)
-        try:
-            stage.open()
+        with staged(to, overwrite=overwrite, fsync=fsync, doing="cannot write the output") as stage:
             files = _write_layout(checkpoint, layout, stage, progress)
             checkpoint.check_unchanged()
             if version is not None:
@@ -80,13 +78,6 @@ def write_genai(
                 run={"seconds": round(time.perf_counter() - started, 3)},
             )
             stage.write_file(manifest.NAME, body)
-            stage.publish()
-        except OSError as error:
-            stage.abandon()
-            raise from_os_error(error, doing="cannot write the output") from error
-        except BaseException:
-            stage.abandon()
-            raise
     command = genai_builder.command_line(
         to / CHECKPOINT, to.with_name(f"{to.name}-onnx"), arguments
     )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from compress.formats.arrays import (
-    collision,
     pack_super_weights,
     plain,
     plain_layout,
@@ -14,32 +12,16 @@ from compress.formats.arrays import (
     tile_of,
     unpack_super_weights,
 )
-from compress.formats.base import MODEL, ArraySpec, Entry, Fetch, Format, Named
+from compress.formats.base import MODEL, ArraySpec, Entry, Fetch, Named
+from compress.formats.own import OwnFormat
 from compress.passes.base import Terms
-from compress.tensor import DTYPES, Tensor, TensorInfo
+from compress.tensor import Tensor, TensorInfo
 
 
-class Dense(Format):
+class Dense(OwnFormat):
     """Loads wherever the source loads; saves bytes only where the reader compresses zeros."""
 
     name: ClassVar[str] = "dense"
-
-    def refuses(self, info: TensorInfo, terms: Terms) -> str | None:
-        """Only what is not of a floating-point dtype."""
-        if info.dtype not in DTYPES or not info.is_float:
-            return f"its dtype {info.dtype} is not a floating-point type that can be decoded"
-        return None
-
-    def refuses_model(
-        self,
-        changed: Mapping[str, Terms],
-        infos: Sequence[TensorInfo],
-        config: Mapping[str, Any] | None,
-        aliases: Mapping[str, str] | None = None,
-    ) -> str | None:
-        """Nothing: every tensor keeps its name."""
-        layouts = [(i, self.layout(i, changed[i.name])) for i in infos if i.name in changed]
-        return collision(layouts, infos)
 
     def layout(self, info: TensorInfo, terms: Terms) -> list[ArraySpec]:
         """The tensor itself, and its exact entries beside it."""

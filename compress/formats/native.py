@@ -6,16 +6,15 @@ bytes are documented in docs/format.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress import kernels
 from compress.formats.arrays import (
-    collision,
     damaged,
     header_text,
     pack_rows,
@@ -29,8 +28,9 @@ from compress.formats.arrays import (
     unpack_super_weights,
     zero_codes,
 )
-from compress.formats.base import MODEL, ArraySpec, Entry, Fetch, Format, Named
+from compress.formats.base import MODEL, ArraySpec, Entry, Fetch, Named
 from compress.formats.factors import factors_layout, pack_factors, unpack_factors
+from compress.formats.own import OwnFormat
 from compress.passes.base import CodesSpec, Terms
 from compress.tensor import DTYPES, Array, Codes, Tensor, TensorInfo
 
@@ -56,30 +56,19 @@ def storage(info: TensorInfo, terms: Terms) -> Storage:
     return Storage.DENSE if low >= dense else Storage.OPEN
 
 
-class Native(Format):
+class Native(OwnFormat):
     """Bit-packed rows, bitmasks, factors of any dtype, for every role."""
 
     name: ClassVar[str] = "native"
     weights_suffix: ClassVar[str] = ".compress.safetensors"
 
     def refuses(self, info: TensorInfo, terms: Terms) -> str | None:
-        """Only what is not a weight matrix of a floating-point dtype."""
-        if info.dtype not in DTYPES or not info.is_float:
-            return f"its dtype {info.dtype} is not a floating-point type that can be decoded"
+        """What is no floating-point tensor, and codes of other widths."""
+        if reason := super().refuses(info, terms):
+            return reason
         if terms.codes is not None and not MIN_BITS <= terms.codes.bits <= MAX_BITS:
             return f"{terms.codes.bits}-bit codes: native holds 2 to 8 bits"
         return None
-
-    def refuses_model(
-        self,
-        changed: Mapping[str, Terms],
-        infos: Sequence[TensorInfo],
-        config: Mapping[str, Any] | None,
-        aliases: Mapping[str, str] | None = None,
-    ) -> str | None:
-        """Array names that another tensor already has."""
-        layouts = [(i, self.layout(i, changed[i.name])) for i in infos if i.name in changed]
-        return collision(layouts, infos)
 
     def layout(self, info: TensorInfo, terms: Terms) -> list[ArraySpec]:
         """The arrays in order: mask, codes or values, scale, zero point, factors, super weights.

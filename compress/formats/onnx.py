@@ -6,13 +6,12 @@ are kept as zeros (the operators know no bitmask) and codes of odd widths take t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from compress.formats.arrays import (
-    collision,
     pack_super_weights,
     plain,
     plain_layout,
@@ -21,7 +20,7 @@ from compress.formats.arrays import (
     tile_of,
     unpack_super_weights,
 )
-from compress.formats.base import MODEL, ArraySpec, Entry, Fetch, Format, Named
+from compress.formats.base import MODEL, ArraySpec, Entry, Fetch, Named
 from compress.formats.factors import factors_layout, pack_factors, unpack_factors
 from compress.formats.onnx_forms import (
     Form,
@@ -32,32 +31,16 @@ from compress.formats.onnx_forms import (
     unpack_codes,
     unpack_zero_points,
 )
+from compress.formats.own import OwnFormat
 from compress.passes.base import CodesSpec, Terms
-from compress.tensor import DTYPES, Codes, Tensor, TensorInfo
+from compress.tensor import Codes, Tensor, TensorInfo
 
 
-class Onnx(Format):
+class Onnx(OwnFormat):
     """Every width, zero points, Conv, factors: in the operators' own layout."""
 
     name: ClassVar[str] = "onnx"
     weights_suffix: ClassVar[str] = ".compress.safetensors"
-
-    def refuses(self, info: TensorInfo, terms: Terms) -> str | None:
-        """What is not of a floating-point dtype."""
-        if info.dtype not in DTYPES or not info.is_float:
-            return f"its dtype {info.dtype} is not a floating-point type that can be decoded"
-        return None
-
-    def refuses_model(
-        self,
-        changed: Mapping[str, Terms],
-        infos: Sequence[TensorInfo],
-        config: Mapping[str, Any] | None,
-        aliases: Mapping[str, str] | None = None,
-    ) -> str | None:
-        """Array names that another tensor already has."""
-        layouts = [(i, self.layout(i, changed[i.name])) for i in infos if i.name in changed]
-        return collision(layouts, infos)
 
     def layout(self, info: TensorInfo, terms: Terms) -> list[ArraySpec]:
         """The arrays in order: codes or the tensor itself, scale, zero point, factors, the rest."""
