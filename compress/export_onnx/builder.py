@@ -64,6 +64,8 @@ class Builder:
         self._taken = taken
         self._pointers: dict[tuple[Stored, int, tuple[int, ...]], str] = {}
         self._copied: dict[tuple[object, int, int], int] = {}  # -> offset in the data file
+        self._constants: dict[tuple[str, bytes], str] = {}
+        self._worked_out: dict[bytes, str] = {}  # a node of the prelude -> its output
 
     def unique(self, name: str) -> str:
         """The name, or with a number where the graph has it already."""
@@ -115,12 +117,15 @@ class Builder:
         return self._external(name, data_type, dims, DATA_FILE, offset, nbytes)
 
     def constant(self, name: str, values: Any, data_type: type[Any] = np.int64) -> str:
-        """A small initializer that lies in the graph."""
+        """A small initializer that lies in the graph; the same one for the same name and values."""
         from onnx import numpy_helper
 
-        unique = self.unique(name)
-        self.initializers.append(numpy_helper.from_array(np.array(values, data_type), unique))
-        return unique
+        made = numpy_helper.from_array(np.array(values, data_type))
+        key = (name, made.SerializeToString(deterministic=True))
+        if key not in self._constants:
+            made.name = self._constants[key] = self.unique(name)
+            self.initializers.append(made)
+        return self._constants[key]
 
     def node(
         self,
@@ -131,15 +136,22 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> str:
-        """Append a node of one output to `nodes`; returns the output's name."""
+        """Append a node of one output to `nodes`; returns the output's name.
+
+        What works on weights alone is done once, however many nodes read the result.
+        """
         from onnx import helper
 
+        made = helper.make_node(op_type, list(inputs), [], domain=domain, **attributes)
+        key = made.SerializeToString(deterministic=True) if nodes is self.prelude else b""
+        if key in self._worked_out:
+            return self._worked_out[key]
         unique = self.unique(output)
-        nodes.append(
-            helper.make_node(
-                op_type, list(inputs), [unique], name=unique, domain=domain, **attributes
-            )
-        )
+        made.name = unique
+        made.output.append(unique)
+        nodes.append(made)
+        if key:
+            self._worked_out[key] = unique
         return unique
 
     def cast(self, nodes: list[Any], value: str, have: int, want: int) -> str:

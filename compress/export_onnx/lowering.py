@@ -30,7 +30,7 @@ from compress.export_onnx.builder import (
     Copy,
     Facts,
 )
-from compress.export_onnx.matrices import Matrix, dequantize, needs_blocked
+from compress.export_onnx.matrices import SPREAD_OPSET, Matrix, dequantize, opset_of
 from compress.export_onnx.stored import Weights
 from compress.export_onnx.style import Style
 from compress.export_onnx.transposed import dequantize_transposed
@@ -38,7 +38,6 @@ from compress.formats.base import MODEL, Entry
 from compress.formats.onnx_forms import Form, Kind
 from compress.tensor import Array, Role
 
-_BLOCKED_OPSET = 21
 _BLOCK_TYPES = (FLOAT, FLOAT16)  # of activations that the block operators take
 
 
@@ -104,8 +103,7 @@ class _Lowering:
                 self.facts.dense[name] = why
             else:
                 self.matrices[name] = matrix
-        if any(self._wants_opset(m) for m in self.matrices.values()):
-            self._raise_opset()
+        self._raise_opset(max((self._opset_of(m) for m in self.matrices.values()), default=1))
         kept = [t for t in self.outer.initializer if t.name not in self.wanted]
         # A weight's name is free for the cast or decoded value that takes its place.
         for name, tensor in self.wanted.items():
@@ -140,6 +138,8 @@ class _Lowering:
         """Why a compressed weight has to be dense in the graph, or None."""
         if is_inside:
             return "it is read inside a branch or loop"
+        if any(output.name == matrix.name for output in self.outer.output):
+            return "it is an output of the graph"
         if matrix.data_type not in _BLOCK_TYPES:
             return "activations are neither float32 nor float16"
         uses = {self._use(node, matrix.name).op for node in nodes}
@@ -185,27 +185,28 @@ class _Lowering:
             return _Use("gather" if not is_transposed else "", node.input[1])
         return _Use("")
 
-    def _wants_opset(self, matrix: Matrix) -> bool:
+    def _opset_of(self, matrix: Matrix) -> int:
+        """The oldest opset that has the operators for a weight."""
         if matrix.codes is None:
-            return False
+            return 1
         form = matrix.form()
-        if form.kind is Kind.INTEGERS:
-            return needs_blocked(form)
-        return self.style.style == "qdq"
+        if form.kind is Kind.BLOCKS and self.style.style == "nbits":
+            return 1 if form.repeat == 1 else SPREAD_OPSET
+        return opset_of(form, matrix.data_type)
 
-    def _raise_opset(self) -> None:
-        """Blocks of DequantizeLinear came with opset 21."""
-        if self.opset >= _BLOCKED_OPSET:
+    def _raise_opset(self, version: int) -> None:
+        """Bring the graph to an opset, where its own is older."""
+        if self.opset >= version:
             return
         from compress.export_onnx.opset import raised
 
         own = [o for o in self.model.opset_import if o.domain not in ("", "ai.onnx")]
-        self.model = raised(self.model, _BLOCKED_OPSET)
+        self.model = raised(self.model, version)
         present = {o.domain for o in self.model.opset_import}
         self.model.opset_import.extend(o for o in own if o.domain not in present)
         self.outer = self.model.graph
         self.wanted = skeleton.weights_of(self.model)
-        self.opset = _BLOCKED_OPSET
+        self.opset = version
 
     # -- nodes -----------------------------------------------------------------------------------
 
@@ -345,7 +346,7 @@ class _Lowering:
             rest = tensor.decode() - tensor.with_(factors=None, outliers=None).decode()
             return np.ascontiguousarray(rest)
 
-        rest = builder.copied(f"{name}.rest", FLOAT, (matrix.rows, matrix.columns), make)
+        rest = matrix.copied(f"{name}.rest", FLOAT, (matrix.rows, matrix.columns), make)
         rest = builder.cast(builder.prelude, rest, FLOAT, matrix.data_type)
         rest = builder.node(builder.prelude, "Reshape", [rest, shape], f"{name}.rest.kernel")
         self.facts.operators["kernel corrections"] += 1
@@ -450,7 +451,9 @@ class _Lowering:
         if have != tensor.data_type:
             op_type, attributes = "Cast", {"to": tensor.data_type}
         builder.prelude.append(
-            helper.make_node(op_type, [held], [name], name=f"{name}.load", **attributes)
+            helper.make_node(
+                op_type, [held], [name], name=builder.unique(f"{name}.load"), **attributes
+            )
         )
 
     # -- small things ----------------------------------------------------------------------------
@@ -483,7 +486,8 @@ class _Lowering:
         found = parts[0]
         for part in parts[1:-1]:
             found = self.builder.node(body, "Add", [found, part], f"{name}.sum")
-        body.append(helper.make_node("Add", [found, parts[-1]], [output], name=f"{name}.add"))
+        unique = self.builder.unique(f"{name}.add")
+        body.append(helper.make_node("Add", [found, parts[-1]], [output], name=unique))
 
     def _drop_unused(self) -> None:
         """Take away initializers that nothing reads any more, and inputs that stood for weights."""

@@ -8,6 +8,7 @@ so, behind a Cast that onnxruntime folds when it loads the graph.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,9 @@ from compress.tensor import Array, Codes, Role, Tensor, TensorInfo
 _PACKED_ROLES = (Role.LINEAR, Role.HEAD)  # of compressed-tensors, whose other codes are tables
 
 
+SPREAD_OPSET = 13  # whose Unsqueeze takes its axes as an input
+
+
 @dataclass(frozen=True)
 class Pair:
     """A low-rank product B @ A in the graph: names of `a` [rank, in] and `b` [out, rank]."""
@@ -70,7 +74,7 @@ class Matrix:
         self.name = entry.info.name
         self.rows, self.columns = entry.info.matrix_shape
         self.codes = entry.terms.codes
-        self._tensor: Tensor | None = None
+        self._copies: dict[tuple[str, int, tuple[int, ...]], str] = {}
 
     # -- codes ---------------------------------------------------------------------------------
 
@@ -128,7 +132,7 @@ class Matrix:
         stored = self._shareable(form)
         if stored is not None:
             return builder.pointer(builder.weights.array(MODEL, stored), stored, data_type, dims)
-        return builder.copied(f"{self.name}.codes", data_type, dims, lambda: self._packed(form))
+        return self.copied(f"{self.name}.codes", data_type, dims, lambda: self._packed(form))
 
     def _shareable(self, form: Form) -> str | None:
         """The stored array whose bytes are the codes in `form`, if there is one."""
@@ -197,7 +201,16 @@ class Matrix:
             spread = np.broadcast_to(points, (self.rows, points.shape[1]))
             return pack_zero_points(np.ascontiguousarray(spread), form)
 
-        return builder.copied(name, data_type, dims, make)
+        return self.copied(name, data_type, dims, make)
+
+    def copied(
+        self, name: str, data_type: int, dims: tuple[int, ...], make: Callable[[], Array]
+    ) -> str:
+        """An initializer in the data file, written once however many nodes read the weight."""
+        key = (name, data_type, dims)
+        if key not in self._copies:
+            self._copies[key] = self.builder.copied(name, data_type, dims, make)
+        return self._copies[key]
 
     # -- the terms beside the codes --------------------------------------------------------------
 
@@ -221,8 +234,8 @@ class Matrix:
         is_inside = terms.codes is None and not terms.rank  # the stored values have them already
         if not count or is_inside or self._in_adapter():
             return None
-        index = builder.copied(f"{self.name}.super_columns", INT64, (count,), self._indices)
-        values = builder.copied(
+        index = self.copied(f"{self.name}.super_columns", INT64, (count,), self._indices)
+        values = self.copied(
             f"{self.name}.super_differences", FLOAT, (count, self.rows), self._differences
         )
         return Columns(index, builder.cast(builder.prelude, values, FLOAT, self.data_type))
@@ -232,7 +245,7 @@ class Matrix:
         builder, info = self.builder, self.info
         have = TYPES[info.dtype]
         if builder.weights.format == "native":
-            found = builder.copied(f"{self.name}.values", have, info.shape, self._base)
+            found = self.copied(f"{self.name}.values", have, info.shape, self._base)
         else:
             found = builder.pointer(
                 builder.weights.array(MODEL, self.name), self.name, have, info.shape
@@ -334,6 +347,8 @@ def dequantize(matrix: Matrix, nodes: list[Any], form: Form) -> str:
     return builder.node(nodes, "DequantizeLinear", inputs, f"{matrix.name}.decoded", **attributes)
 
 
-def needs_blocked(form: Form) -> bool:
-    """Whether DequantizeLinear needs opset 21 for this form."""
-    return form.bits == 4 or form.count > 1
+def opset_of(form: Form, data_type: int) -> int:
+    """The opset from which on DequantizeLinear takes this form and gives this type."""
+    if form.kind is Kind.BLOCKS or form.bits == 4 or form.count > 1:
+        return 21  # blocks, and integers of 4 bits
+    return 13 if data_type == FLOAT else 19  # a scale a row; scales of 16 bits

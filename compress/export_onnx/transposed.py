@@ -29,13 +29,13 @@ def dequantize_transposed(matrix: Matrix, nodes: list[Any], form: Form) -> str:
     types = (INT4, INT8) if spec.symmetric else (UINT4, UINT8)
     data_type = types[bits == 8]
     dims = (matrix.columns, matrix.rows)
-    codes = builder.copied(f"{name}.integers", data_type, dims, lambda: _codes(matrix, bits))
+    codes = matrix.copied(f"{name}.integers", data_type, dims, lambda: _codes(matrix, bits))
     scale_type = TYPES[spec.scale_dtype]
     scale_dims = (groups, matrix.rows) if groups > 1 else (matrix.rows,)
-    scales = builder.copied(f"{name}.scales", scale_type, scale_dims, lambda: _scales(matrix))
+    scales = matrix.copied(f"{name}.scales", scale_type, scale_dims, lambda: _scales(matrix))
     inputs = [codes, builder.cast(builder.prelude, scales, scale_type, matrix.data_type)]
     if not spec.symmetric:
-        points = builder.copied(
+        points = matrix.copied(
             f"{name}.points", data_type, scale_dims, lambda: _points(matrix, bits)
         )
         inputs.append(points)
