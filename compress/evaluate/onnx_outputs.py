@@ -37,15 +37,23 @@ class Onnx(Runner):
 
     graph  run these bytes in the file's place; data outside of them lies in its folder
     exact  products that onnxruntime makes of DequantizeLinear and MatMul round no activations
+    called what errors call it; None: the path
     """
 
     name = "onnx"
 
-    def __init__(self, path: Path, graph: bytes | None = None, *, exact: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        graph: bytes | None = None,
+        *,
+        exact: bool = False,
+        called: str | None = None,
+    ) -> None:
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-        self._where = str(path)
+        self._where = called or str(path)
         own = [kind for kind in vars(state).values() if isinstance(kind, type)]
         self._errors: tuple[type[Exception], ...] = (
             RuntimeError,
@@ -54,7 +62,7 @@ class Onnx(Runner):
         )
         self.version = onnxruntime.__version__
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # its errors come as exceptions, too
         options.intra_op_num_threads = torch.get_num_threads()
         if exact:
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")

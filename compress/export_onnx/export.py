@@ -47,6 +47,7 @@ _SAMPLES = 8  # of the calibration's that the proof runs on
 _TOKENS = 64  # of a sample
 _IMAGES, _PROOF_IMAGES = 32, 64
 _STEP = "exporting"
+_REAL = ("tensor(float)", "tensor(float16)", "tensor(double)", "tensor(bfloat16)")
 DECODER, ENCODER, CLASSIFIER, GRAPH, MODULE = (
     "decoder", "encoder", "classifier", "graph", "module",
 )  # fmt: skip
@@ -198,7 +199,7 @@ def _with_static_activations(folder: Path, model: Any, images: Array) -> tuple[A
     if not values:
         return model, with_static_activations(folded, Ranges({}), read)[1]  # it notes why
     raw = bytes(folded.SerializeToString())
-    feeds = _image_feeds(Onnx(folder / MODEL_FILE, raw), images)
+    feeds = _image_feeds(Onnx(folder / MODEL_FILE, raw, called=MODEL_FILE), images)
     ranges = collect_ranges(raw, feeds, values, folder)
     return with_static_activations(folded, ranges, read)
 
@@ -306,11 +307,12 @@ def _prove_graph(
     graph = stage.path / MODEL_FILE
     folder = stage.folder / "reference"
     try:
-        reference = Onnx(reference_graph(prepared.graph, in_float32(output), folder))
-        feeds, said = _graph_feeds(prepared, reference, samples)
-        names = [o.name for o in reference.session.get_outputs() if "float" in o.type]
+        path = reference_graph(prepared.graph, in_float32(output), folder)
+        reference = Onnx(path, called="the source's graph")
+        names = [o.name for o in reference.session.get_outputs() if o.type in _REAL]
         if not names:
             raise InputError(f"{MODEL_FILE}: no output of floating-point numbers to compare")
+        feeds, said = _graph_feeds(prepared, reference, samples, names)
         outputs = [
             dict(zip(names, reference.outputs_of(feed, names), strict=True)) for feed in feeds
         ]
@@ -322,7 +324,7 @@ def _prove_graph(
 
 
 def _graph_feeds(
-    prepared: Prepared, runner: Any, samples: Mapping[str, Array] | None
+    prepared: Prepared, runner: Any, samples: Mapping[str, Array] | None, names: Sequence[str]
 ) -> tuple[list[Feed], str]:
     if samples is not None and "images" in samples:
         return [runner.feed({"images": samples["images"][:_SAMPLES]})], "calibration"
@@ -334,7 +336,7 @@ def _graph_feeds(
     if "input_ids" in runner.inputs:
         ids = np.random.default_rng(0).integers(0, smallest_table(prepared.graph), (2, 12))
         return [runner.feed({"input_ids": ids})], "random"
-    return made_up_feeds(runner, smallest_table(prepared.graph)), "random"
+    return made_up_feeds(runner, smallest_table(prepared.graph), names), "random"
 
 
 # -- the report --------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 EXACT = 1e-3  # relative error that exact products stay under: float32 sums in another order
 ROUNDED = 0.25  # of graphs that round activations, on inputs made up at random
 _SEED = 20260101
-_BATCH, _LENGTH = 2, 12
+_BATCH = 2
+_LENGTHS = (12, 64, 224)  # short as a sentence, then as a small and a usual image
 _CHUNK = 1 << 20
 Feed = Mapping[str, Array]
 
@@ -88,12 +89,13 @@ def compare(
     from compress.evaluate.onnx_outputs import Onnx
 
     wanted = list(reference)
-    runner = Onnx(graph)
+    runner = Onnx(graph, called=graph.name)
     given = feeds(runner)
     sums = [_sums_of(runner, given, wanted, graph.name)]
     del runner
     if exact is not None:
-        sums.append(_sums_of(Onnx(graph, exact, exact=True), given, wanted, graph.name))
+        twin = Onnx(graph, exact, exact=True, called=graph.name)
+        sums.append(_sums_of(twin, given, wanted, graph.name))
     error, norm = np.sqrt([s[0] for s in sums]), np.sqrt([s[3] for s in sums])
     relative = np.where(error == 0, 0.0, error / np.maximum(norm, np.finfo(float).tiny))
     cosine = sums[0][1] / max(np.sqrt(sums[0][2] * sums[0][3]), np.finfo(float).tiny)
@@ -134,16 +136,36 @@ def exact_twin(model: Any) -> bytes | None:
     return bytes(twin.SerializeToString()) if rounds else None
 
 
-def made_up_feeds(runner: Onnx, ids_below: int) -> list[Feed]:
+def made_up_feeds(runner: Onnx, ids_below: int, names: Sequence[str]) -> list[Feed]:
     """One feed of random numbers for a graph whose inputs are not known by name.
 
     ids_below  the smallest table that ids may be looked up in
-    Raises InputError for an input type that no numbers can be made up for.
+    names      the outputs that it has to give
+    Axes of any size get the first of `_LENGTHS` that the graph runs on. Raises InputError where it
+    runs on none, and for an input type that no numbers can be made up for.
     """
+    why = ""
+    for length in _LENGTHS:
+        feed = _made_up(runner, ids_below, length)
+        try:
+            runner.outputs_of(feed, names)
+        except InputError as error:
+            why = why or error.message
+        else:
+            return [feed]
+    raise InputError(
+        f"{why} (inputs made up at random, for the proof)",
+        hint="give inputs that fit: --images FILE.npz or --ids FILE.npy",
+    )
+
+
+def _made_up(runner: Onnx, ids_below: int, length: int) -> Feed:
+    """Random numbers for every input; ids are below the smallest table, masks are ones."""
     rng = np.random.default_rng(_SEED)
     feed: dict[str, Array] = {}
     for name, spec in runner.inputs.items():
-        shape = [n if isinstance(n, int) else _size(axis, n) for axis, n in enumerate(spec.shape)]
+        free = [length if axis else _BATCH for axis in range(len(spec.shape))]
+        shape = [n if isinstance(n, int) else free[axis] for axis, n in enumerate(spec.shape)]
         kind = np.dtype(runner.dtype_of(spec))
         if kind == np.bool_ or "mask" in name:
             feed[name] = np.ones(shape, kind)
@@ -151,7 +173,7 @@ def made_up_feeds(runner: Onnx, ids_below: int) -> list[Feed]:
             feed[name] = rng.integers(0, max(1, ids_below), shape).astype(kind)
         else:
             feed[name] = rng.standard_normal(shape).astype(kind)
-    return [feed]
+    return feed
 
 
 def reference_graph(graph: Any, checkpoint: Checkpoint, folder: Path) -> Path:
@@ -193,11 +215,6 @@ def smallest_table(graph: Any) -> int:
         if node.op_type == "Gather" and node.input[0] in sizes
     ]
     return min(rows, default=2)
-
-
-def _size(axis: int, _symbol: object) -> int:
-    """A size for an axis of any size: few samples, then a length."""
-    return _BATCH if axis == 0 else _LENGTH
 
 
 def _sums(name: str, got: Array, wanted: Array) -> Array:
