@@ -6,7 +6,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/emulator/*.h \
   tests/cross/*.h tests/cross/*.cpp tests/cross/*/*.h)
 
-.PHONY: help setup demo test test-fast lint format asan tsan cross bench bench-quality large soak \
+.PHONY: help setup demo test test-fast lint format asan tsan cross bench bench-quality bench-onnx large soak \
   cuda cuda-check clean
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make cross   the kernel tests on NEON (QEMU) and emulated AVX-512 (SIMDe)"
 	@echo "make bench   speed, as ratios beside their goals (needs 6 GB of disk)"
 	@echo "make bench-quality  quality beside its goals and beside the peers (3 GB of disk, half an hour)"
+	@echo "make bench-onnx  the ONNX export: every figure beside its goal (8 GB of disk, half an hour)"
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
 	@echo "make soak    1000 kills"
 	@echo "make cuda    the CUDA kernels, into compress/kernels (needs nvcc)"
@@ -90,6 +91,10 @@ bench: .venv/installed
 bench-quality: .venv/installed
 	$(BIN)/python bench/peers/environments.py --to build/peers
 	$(BIN)/python bench/quality.py --json build/quality.json
+
+# onnxruntime 1.24 and the newest run in environments of their own, in build/onnxruntime (0.5 GB).
+bench-onnx: .venv/installed
+	$(BIN)/python bench/onnx.py --json build/onnx.json
 
 large: .venv/installed
 	$(BIN)/python bench/large.py

@@ -50,8 +50,17 @@ def show(title: str, figures: list[Figure]) -> None:
     for figure in figures:
         sign = "<= " if figure.at_most else ""
         bounds = ("" if b is None else f"{sign}{b:g}" for b in (figure.goal, figure.stretch))
-        table.add_row(figure.what, *bounds, f"{figure.result:.2f}", figure.verdict, figure.note)
+        table.add_row(figure.what, *bounds, _number(figure.result), figure.verdict, figure.note)
     Console(width=110).print(table)
+
+
+def _number(value: float) -> str:
+    """Two decimals, or as many as a small error or a number close to 1 needs."""
+    if value and abs(value) < 0.01:
+        return f"{value:.1e}"
+    if 0 < abs(value - 1) < 0.005:
+        return f"{value:.7f}".rstrip("0")
+    return f"{value:.2f}"
 
 
 def save(path: Path, title: str, figures: list[Figure]) -> None:
