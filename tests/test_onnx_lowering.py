@@ -16,6 +16,7 @@ from compress.checkpoint import open_checkpoint, skeleton
 from compress.export_onnx.builder import DATA_FILE
 from compress.export_onnx.data_file import data_of
 from compress.export_onnx.lowering import Lowered, lower
+from compress.export_onnx.pieces import in_pieces
 from compress.export_onnx.stored import of_output
 from compress.export_onnx.style import Style
 from compress.output import open_any
@@ -163,3 +164,16 @@ def test_a_table_that_is_multiplied_too_is_written_once(model: Path, tmp_path: P
         assert [n.op_type for n in lowered.model.graph.node].count("GatherBlockQuantized") == 1
         codes = [c.nbytes for c in lowered.copies if name in c.name and c.nbytes >= 50 * 64 // 2]
         assert codes == [50 * 64 // 2]  # 3 bits are widened to 4
+
+
+def test_large_products_in_pieces_give_the_same(model: Path, tmp_path: Path) -> None:
+    name, out = "layers.0.q_proj.weight", tmp_path / "out"
+    compressed(model, out, (f"quantize:bits=8,group=16,symmetric=false,targets={name}",), "native")
+    made = export(out, Style(accuracy_level=0)).model
+    in_pieces(made, most=64 * 20)
+    (out / "model.onnx").write_bytes(made.SerializeToString())
+    onnx.checker.check_model(str(out / "model.onnx"))
+    sizes = [a.i for n in made.graph.node if n.op_type == "MatMulNBits" for a in n.attribute
+             if a.name == "N"]  # fmt: skip
+    assert sizes == [20, 20, 8]
+    check(out)

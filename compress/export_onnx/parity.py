@@ -18,6 +18,7 @@ from compress.checkpoint import Checkpoint, skeleton
 from compress.checkpoint.onnx_direct import in_standard_operators
 from compress.checkpoint.skeleton import TYPES
 from compress.errors import InputError, show
+from compress.export_onnx.pieces import in_pieces
 from compress.tensor import DTYPES, Array
 
 if TYPE_CHECKING:
@@ -133,7 +134,10 @@ def exact_twin(model: Any) -> bytes | None:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level" and attribute.i:
                     attribute.i, rounds = 0, True
-    return bytes(twin.SerializeToString()) if rounds else None
+    if not rounds:
+        return None
+    in_pieces(twin)
+    return bytes(twin.SerializeToString())
 
 
 def made_up_feeds(runner: Onnx, ids_below: int, names: Sequence[str]) -> list[Feed]:
