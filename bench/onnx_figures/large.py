@@ -1,9 +1,9 @@
 """Exporting synthetic models of 1 B shapes: peak memory of the process, and time by layers.
 
 2, 8 and 16 layers of the same width (2048, feed-forward 8192, a tied table of 128,256 words). Each
-export is a process of its own, into the output that it belongs to; seconds are of its processors, not
-of the wall, which another program may share. Time is linear where a layer of the upper half takes
-what one of the lower half takes.
+export is a process of its own, into the output that it belongs to; seconds are of its processors,
+not of the wall, which another program may share. Time is linear where a layer of the upper half
+takes what one of the lower half takes.
 """
 
 from __future__ import annotations
