@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# From 1.29 on onnxruntime reports models and their hashes to its makers and keeps a device number
+# under HOME, unless this is set before it is imported. Nothing of ours opens a connection.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from compress.runtime.loading import load as load
