@@ -62,6 +62,15 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     return one
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _helper_processes() -> Iterator[None]:
+    """The helpers of forked_cli.py end with the session."""
+    yield
+    from forked_cli import close_servers
+
+    close_servers()
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tests share the machine: waiting for a second thread would be most of their time."""

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toolbox import tiny_llama, tool, tool_json
+from toolbox import tiny_llama, tool, tool_json, tool_process
 
 from compress import kernels
 from compress.passes import pass_classes
@@ -20,7 +20,7 @@ def test_help_lists_every_command_and_is_quick() -> None:
     durations = []
     for _ in range(5):
         started = time.perf_counter()
-        done = tool("--help")
+        done = tool_process("--help")
         durations.append(time.perf_counter() - started)
         assert done.returncode == 0
     for command in [
@@ -130,7 +130,7 @@ def test_json_stays_alone_on_standard_output(tmp_path: Path) -> None:
 
 
 def test_module_and_version() -> None:
-    assert tool("--version").stdout.startswith("compress ")
+    assert tool_process("--version").stdout.startswith("compress ")
     assert tool("kernels").returncode == 0
     bare = subprocess.run(
         [sys.executable, "-m", "compress"], capture_output=True, text=True, check=False,

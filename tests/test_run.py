@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from toolbox import tiny_llama, tool, tool_json, tree, write_safetensors
+from toolbox import tiny_llama, tool, tool_json, tool_process, tree, write_safetensors
 
 QUANTIZE = "quantize:bits=4,group=32"
 
@@ -125,7 +125,7 @@ def test_threads_and_environment_do_not_change_a_byte(tmp_path: Path) -> None:
         [("1", {}), ("4", {"PYTHONHASHSEED": "7"}), ("2", {"LC_ALL": "C", "TZ": "Asia/Tokyo"})]
     ):
         out = tmp_path / f"out{number}"
-        done = tool("run", model, "-o", out, *words, "--jobs", jobs, **extra)
+        done = tool_process("run", model, "-o", out, *words, "--jobs", jobs, **extra)
         assert done.returncode == 0, done.stderr
         trees.append(tree(out))
     assert trees[0] == trees[1] == trees[2]
@@ -167,7 +167,7 @@ def test_thirty_kills_never_leave_a_mixed_output(tmp_path: Path) -> None:
     assert tool("run", model, "-o", out, "quantize:bits=8,group=-1").returncode == 0
     old = tree(out)
     started = time.monotonic()
-    assert tool("run", model, "-o", tmp_path / "new", QUANTIZE).returncode == 0
+    assert tool_process("run", model, "-o", tmp_path / "new", QUANTIZE).returncode == 0
     duration = time.monotonic() - started
     new = tree(tmp_path / "new")
     rng = np.random.default_rng(1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from forked_cli import forked
 
 TAGS = {
     np.dtype(np.float32): "F32",
@@ -24,14 +25,29 @@ TAGS = {
 }
 
 
-def tool(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `compress ARGUMENTS` in a process of its own; no terminal, no network."""
+def tool(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `compress ARGUMENTS` in a process of its own; no terminal, no network.
+
+    The process is a fork of one that has imported everything; COMPRESS_TEST_PROCESSES=1 starts an
+    interpreter for each, as `tool_process` does.
+    """
+    if sys.platform != "linux" or os.environ.get("COMPRESS_TEST_PROCESSES") == "1":
+        return tool_process(*arguments, cwd=cwd)
+    return forked([str(word) for word in arguments], cwd=cwd)
+
+
+def tool_process(
+    *arguments: str | Path, cwd: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`tool` in an interpreter of its own: for times, peaks of memory and the environment."""
     return subprocess.run(
         [sys.executable, "-m", "compress", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
         env={**os.environ, **environment},
     )
 
