@@ -35,11 +35,14 @@ setup: .venv/installed
 demo: .venv/installed
 	$(BIN)/python samples/demo.py
 
+# A worker a processor, and no more than four: each has torch in memory (up to 1.5 GB).
+PARALLEL := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check .

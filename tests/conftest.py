@@ -14,6 +14,37 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 
+# One worker of several (`pytest -n`): each has a processor, and a second thread would take
+# another's. Before torch is imported, which reads it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files that go to one worker together, because they share a fixture that takes long; every other
+# file is a group of its own.
+GROUPS = {
+    "test_corpus_cli": "corpus", "test_corpus_read": "corpus",
+    "test_onnx_capture": "onnx", "test_onnx_export": "onnx", "test_onnx_genai": "onnx",
+}  # fmt: skip
+# The longest groups begin first, so that no worker is left alone with one in the end.
+LONGEST = ("onnx", "test_crash", "corpus")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `pytest -n`: a file stays on one worker, as its fixtures do, and long ones lead."""
+    if not hasattr(config, "workerinput"):
+        return
+
+    def group(item: pytest.Item) -> str:
+        return GROUPS.get(item.path.stem, item.path.stem)
+
+    def place(item: pytest.Item) -> int:
+        return LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
 
 def need(path: Path, what: str) -> Path:
     """`path` if it exists; otherwise skip, or fail where COMPRESS_REQUIRE_SHARED=1 (CI)."""
