@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # file is a group of its own.
 GROUPS = {
     "test_corpus_cli": "corpus", "test_corpus_read": "corpus",
-    "test_onnx_capture": "onnx", "test_onnx_export": "onnx", "test_onnx_genai": "onnx",
+    "test_onnx_capture": "onnx", "test_onnx_export": "onnx",
 }  # fmt: skip
 # The longest groups begin first, so that no worker is left alone with one in the end.
 LONGEST = ("onnx", "test_crash", "corpus")

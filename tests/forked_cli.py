@@ -39,9 +39,10 @@ LIGHT = (
 )  # fmt: skip
 HEAVY = (*LIGHT, "torch", "transformers.models.auto", "onnx", "compress.runtime.generate")
 # What runs on HEAVY; with the light modules it works as well, and slower.
-HEAVY_WORDS = frozenset(
-    {"calibrate", "eval", "sweep", "generate", "bench", "export", "--onnx", "--allow-pickle"}
-)
+HEAVY_WORDS = frozenset({
+    "calibrate", "eval", "sweep", "generate", "bench", "--allow-pickle",
+    "--text", "--sentences", "--ids", "--images", "--eval-text", "--eval-pairs", "--eval-images",
+})  # fmt: skip
 
 
 class Finished(subprocess.CompletedProcess[str]):
@@ -156,11 +157,11 @@ def _warm_up() -> None:
     from compress import cli
 
     for words in (["--version"], ["verify", "--help"], ["inspect", ""]):
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            try:
-                cli.app(words, prog_name="compress", standalone_mode=False)
-            except (SystemExit, cli.CompressError):
-                pass
+        with (
+            redirect_stdout(StringIO()), redirect_stderr(StringIO()),
+            contextlib.suppress(SystemExit, cli.CompressError),
+        ):  # fmt: skip
+            cli.app(words, prog_name="compress", standalone_mode=False)
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def test_output_and_exit_code_are_those_of_a_process(
         outputs[name] = done.returncode, text, out
     assert outputs["forked"] == outputs["own"]
     assert outputs["forked"][0] == code
-    assert ("run" == words[0] and code == 0 if words else False) == bool(outputs["forked"][2])
+    assert bool(outputs["forked"][2]) == (words[:1] == ("run",) and code == 0)
 
 
 def test_a_command_has_its_own_surroundings(

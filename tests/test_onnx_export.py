@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from toolbox import tiny_llama, tool, tool_json
+from toolbox import tool, tool_json
 
 from compress.checkpoint import open_checkpoint, skeleton
 from compress.errors import GateError
@@ -32,15 +32,32 @@ SUPER = 'super-weights:method=named,coordinates=["model.layers.0.mlp.down_proj.w
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("llama") / "model", layers=1)
+def llama(tried: Any) -> Path:
+    return tried("llama").path  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
-def captured(llama: Path) -> Prepared:
+def captured(tried: Any) -> Prepared:
     """The graph: it depends on the config and the headers alone."""
+    made = tried("llama").captured
+    return Prepared(made.model, made.task, ExportWords(True).options())
+
+
+def test_what_is_captured_is_what_is_prepared(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.export_onnx import capture
+
+    wanted = ExportWords(True, opset=20).options()
+    made = capture.Captured("graph", "decoder", (), (), (), "LlamaForCausalLM")
+    seen = []
+
+    def fake(checkpoint: Any, *, opset: int, progress: Any) -> Any:
+        seen.append((checkpoint.path, opset))
+        return made
+
+    monkeypatch.setattr(capture, "capture", fake)
     with open_checkpoint(llama) as checkpoint:
-        return prepare(checkpoint, ExportWords(True).options())
+        assert prepare(checkpoint, wanted) == Prepared("graph", "decoder", wanted)
+    assert seen == [(llama, 20)]
 
 
 def compressed(
