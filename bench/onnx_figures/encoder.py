@@ -7,7 +7,7 @@ from pathlib import Path
 from common import EXACT, SHARED, Figure, compressed, minilm, part
 
 SHIP = ("quantize:bits=4,group=32",
-        "quantize:bits=8,group=-1,targets=[*embeddings.word_embeddings]")  # fmt: skip
+        "quantize:bits=8,group=-1,targets=*word_embeddings")  # fmt: skip
 PAIRS = SHARED / "data" / "stsb_en_test.csv"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common import SHARED, Figure, bytes_of, command, compressed, minilm, part
 
-TABLE = "quantize:bits=8,group=-1,targets=[*embeddings.word_embeddings]"
+TABLE = "quantize:bits=8,group=-1,targets=*word_embeddings"
 MIXED = "quantize:bpw=4.5,group=32,bits=[3,4,8]"
 # Name, model, passes, whether all codes are of widths that onnxruntime reads as they lie.
 CASES = (

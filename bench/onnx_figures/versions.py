@@ -23,7 +23,7 @@ VERSIONS = {"onnxruntime-1.24": ["onnxruntime==1.24.4", "numpy"],
 RESNET = SHARED / "models" / "resnet20-12fca82f.th"
 MODULE = f"{ROOT / 'tests' / 'resnet_cifar.py'}:resnet20"
 IMAGES = SHARED / "data" / "cifar10_calib_600.npz"
-TABLE = "quantize:bits=8,group=-1,targets=[*embeddings.word_embeddings]"
+TABLE = "quantize:bits=8,group=-1,targets=*word_embeddings"
 STORIES = SHARED / "models" / "stories260k"
 QDQ = ("--onnx-style", "qdq")
 # Name, model, passes and options.
