@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -177,3 +178,35 @@ def test_large_products_in_pieces_give_the_same(model: Path, tmp_path: Path) -> 
              if a.name == "N"]  # fmt: skip
     assert sizes == [20, 20, 8]
     check(out)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_of_16_bits_is_not_widened_for_its_rows(tmp_path: Path, tied: bool) -> None:
+    name = "model.embed_tokens.weight"
+    table = np.random.default_rng(0).normal(size=(50, 64)).astype(ml_dtypes.bfloat16)
+    save_file({name: table}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    nodes = [helper.make_node("Gather", [name, "ids"], ["rows"], axis=0)]
+    outputs = [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["b", "s", 64])]
+    if tied:
+        domain = skeleton.DOMAIN
+        nodes.append(helper.make_node("Linear", ["rows", name], ["logits"], domain=domain))
+        outputs.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", "s", 50]))
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["b", "s"])
+    held = [skeleton.weight(name, TensorProto.FLOAT, (50, 64))]
+    graph = helper.make_graph(nodes, "table", [ids], outputs, held)
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid(skeleton.DOMAIN, 1)]
+    made = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    with open_checkpoint(tmp_path) as checkpoint:
+        model = lower(made, of_output(checkpoint), Style()).model
+    gather = next(n for n in model.graph.node if n.op_type == "Gather")
+    (stored,) = (t for t in model.graph.initializer if t.name == gather.input[0])
+    assert stored.data_type == TensorProto.BFLOAT16
+    assert [n.op_type for n in model.graph.node].count("Cast") == (2 if tied else 1)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    found = session.run(None, {"ids": np.array([[3, 4, 49]])})
+    wide = table.astype(np.float32)
+    np.testing.assert_array_equal(found[0], wide[[[3, 4, 49]]])
+    if tied:
+        np.testing.assert_allclose(found[1], wide[[[3, 4, 49]]] @ wide.T, atol=1e-4)

@@ -73,6 +73,7 @@ class _Lowering:
         self.facts = self.builder.facts
         self.outer = self.model.graph
         self.matrices: dict[str, Matrix] = {}
+        self.narrow: dict[str, str] = {}  # weights as they are stored, behind no Cast
         self.opset = _opset(self.model)
 
     def run(self) -> Lowered:
@@ -97,7 +98,8 @@ class _Lowering:
         # A weight's name is free for the cast or decoded value that takes its place.
         for name, tensor in self.wanted.items():
             if name not in self.matrices:
-                self._plain(name, tensor, compressed.get(name))
+                used = [] if name in lost else readers.get(name, [])
+                self._plain(name, tensor, compressed.get(name), used)
         shapes = {t.name: list(t.dims) for t in [*kept, *self.wanted.values()]}
         self.operators = Operators(self.builder, shapes)
         body: list[Any] = []
@@ -177,6 +179,9 @@ class _Lowering:
         if name is None:
             if node.domain == skeleton.DOMAIN:
                 self.operators.dense_linear(node, body)
+            elif (table := self._narrow_table(node)) is not None:
+                held, wanted = self.narrow[table], self.wanted[table].data_type
+                self.operators.narrow_rows(node, held, wanted, body)
             else:
                 body.append(node)
             return
@@ -191,7 +196,12 @@ class _Lowering:
 
     # -- weights that are not compressed ---------------------------------------------------------
 
-    def _plain(self, name: str, tensor: Any, matrix: Matrix | None) -> None:
+    def _narrow_table(self, node: Any) -> str | None:
+        """The table of 16 bits that a node gathers rows of, if it does."""
+        read = (value for value in node.input if value in self.narrow)
+        return next((v for v in read if use_of(node, self.weights.info(v)).op == "gather"), None)
+
+    def _plain(self, name: str, tensor: Any, matrix: Matrix | None, readers: Sequence[Any]) -> None:
         """The weight under its own name: a pointer, a pointer behind a Cast, or decoded values."""
         from onnx import helper
 
@@ -213,6 +223,11 @@ class _Lowering:
         op_type, attributes = "Identity", {}
         if have != tensor.data_type:
             op_type, attributes = "Cast", {"to": tensor.data_type}
+            if len(tensor.dims) > 1:
+                self.narrow[name] = held
+                uses = {use_of(node, self.weights.info(name)).op for node in readers}
+                if uses == {"gather"} and name not in {o.name for o in self.outer.output}:
+                    return  # its rows are cast
         builder.prelude.append(
             helper.make_node(
                 op_type, [held], [name], name=builder.unique(f"{name}.load"), **attributes

@@ -212,6 +212,19 @@ class Operators:
         whole = builder.node(body, "Concat", [shape, width], f"{name}.whole", axis=0)
         return builder.node(body, "Reshape", [rows, whole], f"{name}.rows")
 
+    def narrow_rows(self, node: Any, table: str, data_type: int, body: list[Any]) -> None:
+        """Rows of a table of 16 bits, cast after they were gathered: the table stays as it is."""
+        from onnx import NodeProto
+
+        name = node.input[0]
+        picked = NodeProto()
+        picked.CopyFrom(node)
+        picked.input[0] = table
+        picked.output[0] = self.builder.unique(f"{name}.rows")
+        body.append(picked)
+        rows = self.builder.node(body, "Cast", [picked.output[0]], f"{name}.cast", to=data_type)
+        give_name(body, rows, node.output[0])
+
     def dense_linear(self, node: Any, body: list[Any]) -> None:
         """A captured Linear whose weight is not compressed: MatMul with the transposed weight."""
         attributes = {a.name: a for a in node.attribute}
