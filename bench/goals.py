@@ -58,7 +58,7 @@ def _number(value: float) -> str:
     """Two decimals, or as many as a small error or a number close to 1 needs."""
     if value and abs(value) < 0.01:
         return f"{value:.1e}"
-    if 0 < abs(value - 1) < 0.005:
+    if 5e-8 < abs(value - 1) < 0.005:
         return f"{value:.7f}".rstrip("0")
     return f"{value:.2f}"
 
