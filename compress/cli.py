@@ -107,6 +107,10 @@ NoFsync = Annotated[
 ContentHash = Annotated[
     bool, typer.Option("--content-hash", help="Record a SHA-256 of the source's weights too.")
 ]
+DecodedHashes = Annotated[
+    bool,
+    typer.Option("--decoded-hashes", help="Record SHA-256 of the decoded tensors."),
+]
 Shard = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, e.g. 5GB.")]
 Words = Annotated[
     list[str] | None,
@@ -135,6 +139,7 @@ def run(
     allow_pickle: Pickle = False,
     no_fsync: NoFsync = False,
     content_hash: ContentHash = False,
+    decoded_hashes: DecodedHashes = False,
     max_shard_size: Shard = "5GB",
     stats: StatsFile = None,
     text: CalibrateText = None,
@@ -176,6 +181,7 @@ def run(
         allow_pickle=allow_pickle,
         fsync=not no_fsync,
         content_hash=content_hash,
+        decoded_hashes=decoded_hashes,
         calibrate_on=CalibrateOn(stats, text, sentences, ids, images, samples, length, documents),
         evaluate_on=EvaluateOn(eval_text, eval_pairs, eval_images, eval_window, eval_samples),
         module=module,

@@ -229,11 +229,12 @@ def _manifest(
     try:
         body = manifest.load(out)
     except InputError:
-        body = {"source": {"fingerprint": checkpoint.fingerprint()}, "recipe": {}}
+        body = {"source": {"fingerprint": checkpoint.fingerprint()}, "recipe": {}, "run": {}}
     return manifest.build(
         files,
         source=body["source"],
         recipe=body["recipe"],
         format_name=body["format"] if in_place else manifest.GRAPH,
-        run={**body.get("run", {}), "onnx": {"seconds": section["seconds"]}},
+        run={**body["run"], "onnx": {"seconds": section["seconds"]}},
+        decoded=body.get("decoded") if in_place else None,
     )

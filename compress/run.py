@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compress import report, resume, survey
+from compress import decoded_hashes, report, resume, survey
 from compress.checkpoint import manifest
 from compress.checkpoint.destination import check_report_file, refuse_overlap
 from compress.checkpoint.stage import Stage
@@ -53,6 +53,7 @@ class RunOptions:
     evaluation: Evaluation | None = None  # of the finished stage, before it is published
     export: Prepared | None = None  # the graph that is written beside the weights
     samples: Mapping[str, Array] | None = None  # of the calibration, for the proof of the graph
+    decoded_hashes: bool = False  # of what the changed tensors decode to, in the manifest
 
 
 def run(plan: Plan, out: Path, options: RunOptions, progress: Progress = silent) -> Report:
@@ -153,6 +154,7 @@ def _fill(
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seconds": round(seconds, 3),
         },
+        decoded=decoded_hashes.of_output(stage.path) if options.decoded_hashes else None,
     )
     stage.write_file(manifest.NAME, body)
     return result

@@ -135,6 +135,7 @@ def run_job(
     allow_pickle: bool,
     fsync: bool,
     content_hash: bool,
+    decoded_hashes: bool,
     json: bool,
     calibrate_on: CalibrateOn,
     evaluate_on: EvaluateOn,
@@ -184,7 +185,7 @@ def run_job(
                 samples = samples_of(checkpoint, made.statistics, calibrate_on, seed=job.seed)
             settings = RunOptions(
                 overwrite, resume, fsync, report, content_hash, job.gates, evaluation,
-                graph, samples,
+                graph, samples, decoded_hashes,
             )  # fmt: skip
             result = run_plan(made, out, settings, progress)
     emit(result.body, json, lambda: print_report(result, console()), raw=result.to_json)
@@ -209,6 +210,7 @@ def run_one(model: Path, one: Any, common: dict[str, Any]) -> None:
         allow_pickle=common["allow_pickle"],
         fsync=not common["no_fsync"],
         content_hash=False,
+        decoded_hashes=False,
         calibrate_on=CalibrateOn(**{key: common[key] for key in CALIBRATION}),
         module=common["module"],
         export=ExportWords(*(common[key] for key in EXPORT)),

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from compress import decoded_hashes
 from compress.checkpoint import Checkpoint, manifest, strict_json
 from compress.checkpoint.files import open_inside
 from compress.errors import InputError, UsageError, VerifyError, show
-from compress.output import open_any
+from compress.output import CompressedCheckpoint, open_any
 from compress.tensor import TensorInfo
 
 _REPORT = "report.json"
 _MAX_REPORT = 1 << 30
 _BLOCK = 64 << 20
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def verify_output(
@@ -36,8 +38,13 @@ def verify_output(
         changed = _changed(out)
         with open_any(out) as checkpoint:
             infos = checkpoint.infos()
+            recorded: dict[str, str] = dict(body.get("decoded", {}))
             for info in infos:
+                _check_stored(checkpoint, info)
                 _check_finite(checkpoint, info, changed)
+                _check_decoded(checkpoint, info, recorded.pop(info.name, None))
+            if recorded:
+                raise VerifyError(f"tensor {show(min(recorded))}: in the manifest, missing here")
             compared = 0
             if source is not None:
                 with open_any(source, allow_pickle=allow_pickle) as original:
@@ -109,6 +116,34 @@ def _check_finite(checkpoint: Checkpoint, info: TensorInfo, changed: frozenset[s
                 f"tensor {show(info.name)}: decodes to {block[bad[0]]} at flat index"
                 f" {start * width + bad[0]}"
             )
+
+
+def _check_stored(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    """Scales, factors and exact entries are finite, also those that no weight decodes from."""
+    if not isinstance(checkpoint, CompressedCheckpoint) or info.name not in checkpoint.entries:
+        return
+    entry = checkpoint.entries[info.name]
+    for spec in checkpoint.format.layout(entry.info, entry.terms):
+        if spec.dtype not in _FLOATS:
+            continue
+        values = checkpoint.fetch(spec.part, spec.name).reshape(-1)
+        wide = values if spec.dtype == "F64" else values.astype(np.float32, copy=False)
+        bad = np.flatnonzero(~np.isfinite(wide))
+        if bad.size:
+            raise VerifyError(
+                f"tensor {show(info.name)}: its array {show(spec.name)} holds {values[bad[0]]}"
+                f" at flat index {bad[0]}"
+            )
+
+
+def _check_decoded(checkpoint: Checkpoint, info: TensorInfo, recorded: str | None) -> None:
+    """The decoded values are those that the run recorded, where it did."""
+    if recorded is not None and decoded_hashes.of_tensor(checkpoint, info) != recorded:
+        raise VerifyError(
+            f"tensor {show(info.name)}: its files are what was written, but they decode to other"
+            " values",
+            hint="this installation decodes differently: please report it",
+        )
 
 
 def _compare_untouched(

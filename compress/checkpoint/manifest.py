@@ -39,8 +39,12 @@ def build(
     recipe: Mapping[str, Any],
     format_name: str,
     run: Mapping[str, Any],
+    decoded: Mapping[str, str] | None = None,
 ) -> bytes:
-    """The manifest's bytes. Everything but `run` and `digest` is the same on every run."""
+    """The manifest's bytes. Everything but `run` and `digest` is the same on every run.
+
+    decoded  tensor name -> SHA-256 of its decoded values, where they were asked for
+    """
     body = {
         "manifest_version": VERSION,
         "tool": {"name": TOOL, "version": __version__},
@@ -50,7 +54,9 @@ def build(
         "files": {n: {"bytes": r.nbytes, "sha256": r.sha256} for n, r in sorted(files.items())},
         "run": dict(run),
     }
-    return (json.dumps(body | {"digest": digest_of(body)}, indent=1) + "\n").encode()
+    if decoded is not None:
+        body["decoded"] = dict(sorted(decoded.items()))
+    return _spell(body | {"digest": digest_of(body)})
 
 
 def load(directory: Path) -> dict[str, Any]:
@@ -58,6 +64,11 @@ def load(directory: Path) -> dict[str, Any]:
 
     Raises InputError, also where there is none; its digest is not looked at.
     """
+    return _load(directory)[0]
+
+
+def _load(directory: Path) -> tuple[dict[str, Any], bytes]:
+    """The manifest and its bytes."""
     file = open_inside(os.path.realpath(directory), NAME)
     try:
         raw = file.read_all(_MAX_BYTES)
@@ -74,7 +85,12 @@ def load(directory: Path) -> dict[str, Any]:
     for name, record in body["files"].items():
         if read_record(record) is None:
             raise InputError(f"{NAME}: no size and SHA-256 of {show(name)}")
-    return body
+    if not all(isinstance(body.get(part), dict) for part in ("source", "recipe", "run")):
+        raise InputError(f"{NAME}: does not say what was made of what")
+    decoded = body.get("decoded", {})
+    if not isinstance(decoded, dict) or not all(isinstance(v, str) for v in decoded.values()):
+        raise InputError(f"{NAME}: its hashes of decoded tensors are no hashes")
+    return body, raw
 
 
 def read(directory: Path) -> dict[str, Any]:
@@ -84,13 +100,19 @@ def read(directory: Path) -> dict[str, Any]:
             f"{show(str(directory))}: no {NAME}", hint="verify works on outputs of this tool"
         )
     try:
-        body = load(directory)
+        body, raw = _load(directory)
     except InputError as error:
         raise VerifyError(error.message, hint=error.hint) from error
+    # The digest is of what the text says, which "1e-5" and "1E-5" say alike.
+    spelled = _spell(body) == raw
     digest = body.pop("digest", None)
-    if digest != digest_of(body):
+    if digest != digest_of(body) or not spelled:
         raise VerifyError(f"{NAME}: its own digest does not match: the manifest was changed")
     return body
+
+
+def _spell(body: Mapping[str, Any]) -> bytes:
+    return (json.dumps(body, indent=1) + "\n").encode()
 
 
 def verify_files(directory: Path, body: Mapping[str, Any]) -> int:
