@@ -36,7 +36,7 @@ demo: .venv/installed
 	$(BIN)/python samples/demo.py
 
 # A worker a processor, and no more than four: each has torch in memory (up to 1.5 GB).
-PARALLEL := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PARALLEL)

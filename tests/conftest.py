@@ -26,24 +26,31 @@ GROUPS = {
     "test_onnx_capture": "onnx", "test_onnx_export": "onnx",
 }  # fmt: skip
 # The longest groups begin first, so that no worker is left alone with one in the end.
-LONGEST = ("onnx", "test_crash", "corpus")
+LONGEST = ("onnx", "test_crash", "corpus", "test_samples", "test_real_models")
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, with GROUPS as one file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Grouped(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = super()._split_scope(nodeid)
+            return GROUPS.get(Path(path).stem, path)
+
+    return Grouped(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under `pytest -n`: a file stays on one worker, as its fixtures do, and long ones lead."""
-    if not hasattr(config, "workerinput"):
-        return
-
-    def group(item: pytest.Item) -> str:
-        return GROUPS.get(item.path.stem, item.path.stem)
+    """Under `pytest -n`: long groups lead."""
 
     def place(item: pytest.Item) -> int:
-        return LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST)
+        group = GROUPS.get(item.path.stem, item.path.stem)
+        return LONGEST.index(group) if group in LONGEST else len(LONGEST)
 
-    items.sort(key=place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+    if hasattr(config, "workerinput"):
+        items.sort(key=place)
 
 
 def need(path: Path, what: str) -> Path:
