@@ -37,17 +37,18 @@ def test_the_decoder_recipe_on_a_trained_decoder(shared_dir: Path, tmp_path: Pat
     """One command calibrates, compresses, evaluates, and publishes or refuses."""
     model, data = shared_dir / "models" / "tiny-llama-en", shared_dir / "data"
     words = ["run", model, "--recipe", SAMPLES / "decoder.yaml"]
-    words += ["--text", data / "wikitext2_valid.txt", "--samples", "4", "--length", "256"]
-    words += ["--eval-text", data / "wikitext2_test.txt", "--eval-samples", "4"]
+    words += ["--text", data / "wikitext2_valid.txt", "--eval-text", data / "wikitext2_test.txt"]
+    some = ["--samples", "4", "--length", "256", "--eval-samples", "4"]
     passing = ["--fail-if", "kl>0.1", "--fail-if", "perplexity_ratio>1.05"]
-    body = tool_json(*words, *passing, "-o", tmp_path / "out")
+    body = tool_json(*words, *some, *passing, "-o", tmp_path / "out")
     rows = {r["name"]: r for r in body["tensors"]}
     assert rows["model.layers.1.mlp.down_proj.weight"]["bits"] == 8
     assert rows["model.layers.1.mlp.down_proj.weight"]["outliers"] >= 2
     assert rows["model.layers.1.mlp.up_proj.weight"]["bits"] == 4
     assert 0 < body["evaluation"]["metrics"]["kl"] < 0.1
     assert (tmp_path / "out" / "manifest.json").exists()
-    refused = tool(*words, "--fail-if", "kl>0.00001", "-o", tmp_path / "refused")
+    few = ["--samples", "1", "--length", "64", "--eval-samples", "1"]
+    refused = tool(*words, *few, "--fail-if", "kl>0.00001", "-o", tmp_path / "refused")
     assert refused.returncode == 4
     assert "kl is" in refused.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
