@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from compress import cli
 from compress.calibrate.inputs import Inputs as Samples
 from compress.checkpoint import open_checkpoint
+from compress.engines.blocks import BlockModel
 from compress.errors import CompressError, GateError, InputError, UsageError
 from compress.evaluate import perplexity as perplexity_module
 from compress.evaluate.command import evaluate_model
@@ -259,6 +260,28 @@ def test_groups_of_sequences_change_nothing(
     whole = evaluate_model(model, request)["metrics"]
     monkeypatch.setattr("compress.evaluate.outputs.HELD_BYTES", 1)
     assert evaluate_model(model, request)["metrics"] == whole
+
+
+def test_blocks_that_are_run_several_times(tmp_path: Path) -> None:
+    """ALBERT has fewer blocks than layers: one that is run once gives other figures."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AlbertConfig(
+        vocab_size=40, embedding_size=8, hidden_size=16, num_hidden_layers=3,
+        num_attention_heads=2, intermediate_size=24, max_position_embeddings=16,
+        initializer_range=0.4,
+    )  # fmt: skip
+    albert = transformers.AlbertModel(config).eval()
+    albert.save_pretrained(tmp_path)
+    ids = np.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = albert(torch.from_numpy(ids)).last_hidden_state
+    with open_checkpoint(tmp_path) as checkpoint:
+        (found,) = Decoded(checkpoint).run([{"input_ids": ids}], "last_hidden_state")
+        assert torch.allclose(found, expected, atol=1e-5)
+        with pytest.raises(UsageError, match="3 layers, 1 in"):
+            BlockModel(checkpoint)
 
 
 def _onnx(

@@ -234,7 +234,7 @@ def _is_output(model: Any, modules: Mapping[str, nn.Module], parameter: str) -> 
 
 
 def _stack(model: Any, where: str) -> tuple[str, nn.ModuleList]:
-    """The model's one list of blocks, with its name."""
+    """The model's one list of blocks, with its name; each has to be run once (ALBERT's are not)."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -251,7 +251,15 @@ def _stack(model: Any, where: str) -> tuple[str, nn.ModuleList]:
             f" (it has {len(outermost)})",
             hint="calibrate an ONNX export of it, or use --module",
         )
-    return outermost[0]
+    name, blocks = outermost[0]
+    layers = getattr(model.config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(blocks):
+        raise UsageError(
+            f"{show(where)}: {type(model).__name__} runs its blocks several times"
+            f" ({layers} layers, {len(blocks)} in {show(name)})",
+            hint="calibrate an ONNX export of it, or use --module",
+        )
+    return name, blocks
 
 
 class _Standin(nn.Module):
