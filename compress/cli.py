@@ -83,7 +83,9 @@ RecipeFile = Annotated[
 ]
 FormatName = Annotated[
     str | None,
-    typer.Option("--format", help="auto, compressed-tensors, native or dense.", metavar="NAME"),
+    typer.Option(
+        "--format", help="auto, compressed-tensors, native, onnx or dense.", metavar="NAME"
+    ),
 ]
 Untouched = Annotated[
     str | None,

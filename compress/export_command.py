@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 ONNX, GENAI, DENSE = "onnx", "genai", "dense"
 TARGETS = (ONNX, GENAI, DENSE)
+_CPU = "cpu"
+_OF_GENAI = ("--build", "--builder-option", "--execution-provider")
 
 
 def export(
@@ -54,7 +57,7 @@ def export(
     samples: CalibrateSamples = None,
     execution_provider: Annotated[
         str, typer.Option(help="genai: what the graph is made for: cpu, cuda, dml, webgpu.")
-    ] = "cpu",
+    ] = _CPU,
     build: Annotated[
         bool | None,
         typer.Option("--build/--no-build", help="genai: call its builder [default: if installed]."),
@@ -76,6 +79,15 @@ def export(
     )  # fmt: skip
     if to != ONNX and target is None:
         raise UsageError(f"--to {to}: no directory to write", hint="add -o DIR")
+    _refuse_idle(
+        to,
+        {
+            "--module": module, "--ids": ids, "--images": images, "--samples": samples,
+            "--build": build, "--builder-option": builder_option,
+            "--execution-provider": None if execution_provider == _CPU else execution_provider,
+        },
+        words,
+    )  # fmt: skip
     if to == ONNX:
         body = _export_onnx(
             out, target, words, module=module, ids=ids, images=images, samples=samples,
@@ -105,6 +117,20 @@ def export(
     emit(body, json, lambda: _show(body))
 
 
+def _refuse_idle(to: str, given: dict[str, Any], words: ExportWords) -> None:
+    """Refuse (UsageError) options that belong to another kind of export."""
+    typed = [name for name, value in given.items() if value is not None]
+    alone = words if to != GENAI else replace(words, accuracy_level=None)  # its builder has one
+    if to == ONNX:
+        idle = next((name for name in typed if name in _OF_GENAI), None)
+    elif to == GENAI:
+        idle = next((name for name in typed if name not in _OF_GENAI), alone.lone())
+    else:
+        idle = next(iter(typed), alone.lone())
+    if idle is not None:
+        raise UsageError(f"{idle}: it means nothing with --to {to}", hint="leave it out")
+
+
 def _show(body: dict[str, Any]) -> None:
     if "onnx" in body:
         from compress.export_onnx.show import lines_of
@@ -129,14 +155,12 @@ def _export_onnx(
     fsync: bool,
 ) -> dict[str, Any]:
     """model.onnx into OUT itself, all or nothing; or a directory that needs nothing of OUT."""
-    from dataclasses import replace
-
     from compress.calibrate.on_the_way import CalibrateOn
     from compress.checkpoint.destination import refuse_overlap
     from compress.checkpoint.stage import staged
     from compress.errors import GateError
     from compress.export_onnx.export import export_into, prepare
-    from compress.export_onnx.on_the_way import samples_of, with_image_shape
+    from compress.export_onnx.on_the_way import refuse_idle, samples_of, with_image_shape
     from compress.output import open_any
 
     given = CalibrateOn(ids=ids, images=images, samples=samples)
@@ -148,6 +172,7 @@ def _export_onnx(
     with open_any(out) as checkpoint, progress_bar() as progress:
         if target is None:
             _require_own(out, checkpoint)
+        refuse_idle(words, options, checkpoint)
         prepared = prepare(checkpoint, options, progress)
         known = samples_of(checkpoint, None, given, seed=0)
         with staged(

@@ -29,7 +29,9 @@ OnnxLevel = Annotated[
         "--onnx-accuracy-level", help="0 exact; 4 activations of 8 bits (usual for 2 and 8 bits)."
     ),
 ]
-OnnxOpset = Annotated[int | None, typer.Option(help="Opset of a captured graph, 18 to 25.")]
+OnnxOpset = Annotated[
+    int | None, typer.Option(help="Opset of a captured graph, 18 to 25 (usual: 21).")
+]
 OnnxTolerance = Annotated[
     float | None,
     typer.Option(help="Relative error of the outputs above which the run fails (exit 4)."),
@@ -62,7 +64,8 @@ CalibrateIds = Annotated[
     Path | None, typer.Option("--ids", help="Calibrate on token ids (.npy, a row a sample).")
 ]
 CalibrateImages = Annotated[
-    Path | None, typer.Option("--images", help="Calibrate on images (.npz), with --module.")
+    Path | None,
+    typer.Option("--images", help="Calibrate on images (.npz): of --module, or an .onnx file."),
 ]
 CalibrateSamples = Annotated[
     int | None, typer.Option("--samples", help="Calibration samples at most.", min=1)

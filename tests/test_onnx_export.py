@@ -27,7 +27,7 @@ from compress.run import RunOptions, run
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-FOUR_BITS = "quantize:bits=4,group=32"
+FOUR_BITS, EIGHT_BITS = "quantize:bits=4,group=32", "quantize:bits=8,group=-1"
 SUPER = 'super-weights:method=named,coordinates=["model.layers.0.mlp.down_proj.weight:3:5"]'
 
 
@@ -309,6 +309,28 @@ def test_export_again_in_place_and_elsewhere(tmp_path: Path) -> None:
         (("export", "{llama}", "--to", "gguf"), 2, "one of onnx"),
         (("export", "{llama}", "--to", "genai"), 2, "add -o DIR"),
         (("export", "{net}.not", "--to", "onnx"), 2, "no such file"),
+        (("run", "{net}", "-o", "{out}", EIGHT_BITS, "--onnx-opset", "25"), 2, "keeps its own"),
+        (("run", "{net}", "-o", "{out}", EIGHT_BITS, "--image-shape", "8,8,3"), 2, "no --module"),
+        (("export", "{net}", "--to", "onnx", "-o", "{out}", "--onnx-opset", "25"), 2, "its own"),
+        (("export", "{net}", "--to", "onnx", "-o", "{out}", "--no-build"), 2, "--build: it means"),
+        (("export", "{llama}", "--to", "genai", "-o", "{out}", "--self-contained"), 2, "nothing"),
+        (("export", "{llama}", "--to", "dense", "-o", "{out}", "--onnx-opset", "21"), 2, "nothing"),
+        (
+            (
+                "run",
+                "{llama}",
+                "-o",
+                "{out}",
+                FOUR_BITS,
+                "--onnx",
+                "--onnx-style",
+                "qdq",
+                "--onnx-accuracy-level",
+                "0",
+            ),
+            2,
+            "has none",
+        ),
     ],
 )
 def test_refusals(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from compress.errors import UsageError
+from compress.errors import UsageError, show
 from compress.export_onnx.options import ExportOptions, ExportWords
 from compress.tensor import Array
 
@@ -33,7 +33,22 @@ def graph_for(
         return None
     from compress.export_onnx.export import prepare
 
+    refuse_idle(words, options, draft.checkpoint)
     return prepare(draft.checkpoint, with_image_shape(options, calibrate_on), progress)
+
+
+def refuse_idle(words: ExportWords, options: ExportOptions, checkpoint: Checkpoint) -> None:
+    """Refuse (UsageError) what was typed and would change nothing."""
+    if words.opset is not None and checkpoint.graph is not None:
+        raise UsageError(
+            f"--onnx-opset {words.opset}: the graph of an .onnx file keeps its own",
+            hint="leave it out: where codes need a newer opset, the graph gets it",
+        )
+    if words.image_shape is not None and (options.module is None or checkpoint.graph is not None):
+        raise UsageError(
+            f"--image-shape {show(words.image_shape)}: no --module is captured that takes images",
+            hint="leave it out",
+        )
 
 
 def with_image_shape(options: ExportOptions, calibrate_on: CalibrateOn) -> ExportOptions:

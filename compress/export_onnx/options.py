@@ -96,6 +96,11 @@ class ExportOptions:
             )
         if not MIN_OPSET <= self.opset <= MAX_OPSET:
             raise UsageError(f"--onnx-opset {self.opset}: not {MIN_OPSET} to {MAX_OPSET}")
+        if self.style.style == "qdq" and self.style.accuracy_level is not None:
+            raise UsageError(
+                "--onnx-accuracy-level: a graph of --onnx-style qdq has none",
+                hint="onnxruntime has session.qdq_matmulnbits_accuracy_level for it",
+            )
         if self.style.style == "qdq" and self.opset < OPSET:
             raise UsageError(
                 f"--onnx-style qdq needs opset {OPSET}, not {self.opset}",

@@ -14,9 +14,9 @@ def lines_of(section: Mapping[str, Any]) -> list[str]:
     parity = section["parity"]
     operators = ", ".join(f"{count} {name}" for name, count in section["operators"].items())
     found = [
-        f"onnx: opset {section['opset']}, {operators or 'no compressed weights'};"
-        f" {section['shared_bytes']:,} bytes read from the weight files,"
-        f" {section['data_bytes']:,} more in {DATA_FILE}, graph {section['graph_bytes']:,}",
+        f"onnx: opset {section['opset']}, {operators or 'no compressed weights'}",
+        f"onnx: graph {section['graph_bytes']:,} bytes; reads {section['shared_bytes']:,} of the"
+        f" weight files and {section['data_bytes']:,} of {DATA_FILE}",
         f"onnx: outputs {parity['relative_error']:.2g} from our decode"
         f" ({parity['exact_relative_error']:.2g} with exact products, cosine"
         f" {parity['cosine']:.6f}, {parity['inputs']} inputs)",
