@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from toolbox import tiny_llama
 
 from compress.checkpoint import open_checkpoint
@@ -38,8 +39,38 @@ def produce(model: Path, out: Path, words: list[str], format_name: str, **option
     return out
 
 
+def onnx_model(path: Path) -> Path:
+    """Two layers; one weight lies in a file beside it."""
+    import onnx
+
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    weights = {
+        "first": rng.standard_normal((64, 96)).astype(np.float32),
+        "second": rng.standard_normal((96, 32)).astype(np.float32),
+    }
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "first"], ["h"]),
+            helper.make_node("Relu", ["h"], ["r"]),
+            helper.make_node("MatMul", ["r", "second"], ["y"]),
+        ],
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, ["n", 64])],
+        [value("y", onnx.TensorProto.FLOAT, ["n", 32])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.parent.mkdir(parents=True)
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=16000)
+    assert (path.parent / "w.bin").stat().st_size > 16000
+    return path
+
+
 def outputs(root: Path) -> dict[str, Path]:
-    """One small output of every kind: formats, shards, side files, unpacked, an engine's layout."""
+    """One small output of every kind: formats, shards, side files, unpacked, an engine's layout;
+    of an .onnx file, with its graph.
+    """
     from compress.export_onnx.genai import write_genai
     from compress.unpacking import unpack_output
 
@@ -50,6 +81,8 @@ def outputs(root: Path) -> dict[str, Path]:
         )
         for kind, (name, words) in KINDS.items()
     }
+    graph = onnx_model(root / "source" / "model.onnx")
+    made["graph"] = produce(graph, root / "graph", ["quantize:bits=4,group=32"], "native")
     unpack_output(made["native"], root / "unpacked", fsync=False)
     write_genai(made["compressed-tensors"], root / "genai", call_builder=False, fsync=False)
     return made | {"unpacked": root / "unpacked", "genai": root / "genai"}

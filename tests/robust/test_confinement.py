@@ -21,8 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from damage import onnx_model
 from toolbox import tiny_llama, tree
 
 HERE = Path(__file__).resolve().parent
@@ -80,33 +80,6 @@ class Audited:
     inputs: list[Path]
     out: Path | None
     calls: list[str] = field(default_factory=list)
-
-
-def onnx_model(path: Path) -> Path:
-    """Two layers; one weight lies in a file beside it."""
-    onnx = pytest.importorskip("onnx")
-    helper, rng = onnx.helper, np.random.default_rng(0)
-    weights = {
-        "first": rng.standard_normal((64, 96)).astype(np.float32),
-        "second": rng.standard_normal((96, 32)).astype(np.float32),
-    }
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["x", "first"], ["h"]),
-            helper.make_node("Relu", ["h"], ["r"]),
-            helper.make_node("MatMul", ["r", "second"], ["y"]),
-        ],
-        "g",
-        [value("x", onnx.TensorProto.FLOAT, ["n", 64])],
-        [value("y", onnx.TensorProto.FLOAT, ["n", 32])],
-        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    path.parent.mkdir(parents=True)
-    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=16000)
-    assert (path.parent / "w.bin").stat().st_size > 16000
-    return path
 
 
 def models(root: Path) -> dict[str, Path]:

@@ -36,7 +36,7 @@ def is_found(out: Path) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "unpacked", "genai"])
+@pytest.mark.parametrize("kind", [*KINDS, "graph", "unpacked", "genai"])
 def test_every_damage_is_found(made: dict[str, Path], kind: str) -> None:
     out = made[kind]
     verify_output(out)
