@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # whichever test imports onnxruntime first
 PROJECT = Path(__file__).resolve().parent.parent
 
 # One worker of several (`pytest -n`): each has a processor, and a second thread would take
