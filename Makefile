@@ -20,7 +20,7 @@ help:
 	@echo "make bench-quality  quality beside its goals and beside the peers (3 GB of disk, half an hour)"
 	@echo "make bench-onnx  the ONNX export: every figure beside its goal (8 GB of disk, half an hour)"
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
-	@echo "make soak    1000 kills"
+	@echo "make soak    1000 kills, 14,000 damaged outputs"
 	@echo "make cuda    the CUDA kernels, into compress/kernels (needs nvcc)"
 	@echo "make cuda-check  those, tested and timed on a device"
 
@@ -104,6 +104,7 @@ large: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python bench/kills.py --kills 1000
+	$(BIN)/python bench/flips.py --flips 10000
 
 cuda: .venv/installed
 	@if command -v nvcc >/dev/null; then \
