@@ -206,6 +206,7 @@ def test_a_table_of_codes_is_written_decoded_and_a_head_keeps_its_codes(tmp_path
     assert "shared_embeddings=false" in body["builder"]["command"]
     assert "/lm_head/MatMul" not in body["builder"]["command"]
     assert any("embedding tables" in note for note in body["notes"])
+    assert not any(note in body["summary"] for note in body["notes"])  # they are printed before it
 
 
 REFUSED = {

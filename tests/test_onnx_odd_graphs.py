@@ -206,3 +206,14 @@ def test_inputs_that_cannot_be_made_up_are_asked_for(tmp_path: Path) -> None:
         )  # fmt: skip
     assert caught.value.hint is not None and "--ids" in caught.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["odd.onnx"]
+
+
+def test_outputs_that_are_all_integers_cannot_be_proved(tmp_path: Path) -> None:
+    nodes = [MATMUL, helper.make_node("ArgMax", ["y"], ["best"], axis=1)]
+    with pytest.raises(InputError, match="no output of floating-point numbers") as caught:
+        compressed(
+            tmp_path, nodes, [value("x", ["n", 64])], [value("best", ["n", 1], TensorProto.INT64)],
+            {"w": (64, 48)}, (FOUR_BITS,),
+        )  # fmt: skip
+    assert caught.value.hint is not None and "ArgMax" in caught.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == ["odd.onnx"]

@@ -311,7 +311,10 @@ def _prove_graph(
         reference = Onnx(path, called="the source's graph")
         names = [o.name for o in reference.session.get_outputs() if o.type in _REAL]
         if not names:
-            raise InputError(f"{MODEL_FILE}: no output of floating-point numbers to compare")
+            raise InputError(
+                f"{MODEL_FILE}: no output of floating-point numbers, which the proof compares",
+                hint="give the graph one: what its last operator (an ArgMax, say) reads",
+            )
         feeds, said = _graph_feeds(prepared, reference, samples, names)
         outputs = [
             dict(zip(names, reference.outputs_of(feed, names), strict=True)) for feed in feeds

@@ -212,5 +212,5 @@ def _body(
         "builder": {"called": version is not None, "version": version, "command": command},
         "quantization_config": layout.config["quantization_config"],
         "notes": list(layout.notes),
-        "summary": "\n".join(lines + [f"note: {note}" for note in layout.notes]),
+        "summary": "\n".join(lines),
     }
