@@ -96,18 +96,17 @@ def session(path: Path, threads: int = 0, **config: str) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def times(candidates: Mapping[str, Callable[[], Any]], rounds: int, each: int) -> dict[str, float]:
-    """Median seconds of a call, the candidates in turns so that noise falls on all of them."""
+def times(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Lower quartile of the seconds of a call; the candidates take turns."""
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         run()
     for _ in range(rounds):
         for name, run in candidates.items():
             started = time.perf_counter()
-            for _ in range(each):
-                run()
-            found[name].append((time.perf_counter() - started) / each)
-    return {name: statistics.median(values) for name, values in found.items()}
+            run()
+            found[name].append(time.perf_counter() - started)
+    return {name: statistics.quantiles(values, n=4)[0] for name, values in found.items()}
 
 
 def peak_of(command_line: list[str]) -> tuple[float, int]:

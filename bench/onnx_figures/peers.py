@@ -44,6 +44,8 @@ def half(source: Path, folder: Path) -> Path:
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
+    if (folder / source.name).exists():
+        return folder / source.name
     model = convert_float_to_float16(onnx.load(source), keep_io_types=True)
     return _saved(model, source, folder)
 
@@ -55,6 +57,8 @@ def nbits(
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    if (folder / source.name).exists():
+        return folder / source.name
     logging.disable(logging.WARNING)
     made = MatMulNBitsQuantizer(
         onnx.load(source), bits=bits, block_size=block, is_symmetric=symmetric,
