@@ -13,7 +13,7 @@ CASES = (
     ("MiniLM, 4 bits, 8-bit table", "minilm", ("quantize:bits=4,group=32", TABLE), True),
     ("MiniLM, 8 bits", "minilm", ("quantize:bits=8,group=32",), True),
     ("MiniLM, 2 bits", "minilm", ("quantize:bits=2,group=32",), True),
-    ("MiniLM, mixed 2, 4, 8 bits", "minilm", ("quantize:bpw=4,group=32,bits=[2,4,8]",), True),
+    ("MiniLM, mixed 2, 4, 8 bits", "minilm", ("quantize:bpw=4.5,group=32,widths=[2,4,8]",), True),
     ("MiniLM, 3 bits", "minilm", ("quantize:bits=3,group=32",), False),
     ("MiniLM, 4 bits, rank 16, super weights", "minilm",
      ("super-weights", "quantize:bits=4,group=32", "low-rank:rank=16"), True),
