@@ -101,8 +101,10 @@ def times(candidates: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     found: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         run()
+    order = list(candidates.items())
     for _ in range(rounds):
-        for name, run in candidates.items():
+        order = [*order[1:], order[0]]  # nobody always follows the same one
+        for name, run in order:
             started = time.perf_counter()
             run()
             found[name].append(time.perf_counter() - started)
