@@ -100,8 +100,7 @@ class _Lowering:
             if name not in self.matrices:
                 used = [] if name in lost else readers.get(name, [])
                 self._plain(name, tensor, compressed.get(name), used)
-        shapes = {t.name: list(t.dims) for t in [*kept, *self.wanted.values()]}
-        self.operators = Operators(self.builder, shapes)
+        self.operators = Operators(self.builder)
         body: list[Any] = []
         for node in self.outer.node:
             self._add(node, body)

@@ -5,7 +5,7 @@ Each writes into a list of nodes, the last of which gives the output that the re
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,10 @@ from compress.tensor import Array, Role
 
 
 class Operators:
-    """constants: the shapes of the graph's initializers by name."""
+    """What each kind of node becomes; the nodes are made by a `Builder`."""
 
-    def __init__(self, builder: Builder, constants: Mapping[str, Sequence[int]]) -> None:
-        self.builder, self.constants = builder, constants
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
         self.weights, self.style, self.facts = builder.weights, builder.style, builder.facts
 
     def linear(self, matrix: Matrix, use: Use, node: Any, body: list[Any]) -> None:
@@ -30,10 +30,7 @@ class Operators:
         builder, name = self.builder, matrix.name
         parts: list[str] = []
         pairs, columns = matrix.pairs(), matrix.super_columns()
-        alone = not pairs and columns is None
-        bias = use.bias
-        fused = bool(bias) and alone and self._is_vector(bias, matrix.rows)
-        parts.append(self._product(matrix, use.value, bias if fused else "", body))
+        parts.append(self._product(matrix, use.value, body))
         for pair in pairs:
             a = self._turned(pair.a, f"{name}.a")
             b = self._turned(pair.b, f"{name}.b")
@@ -46,34 +43,30 @@ class Operators:
             )
             parts.append(builder.node(body, "MatMul", [picked, columns.values], f"{name}.super"))
             self.facts.operators["super-weight columns"] += 1
-        if bias and not fused:
-            parts.append(bias)
+        if use.bias:  # a node of its own, which engines fuse with what comes before or behind it
+            parts.append(use.bias)
         self._sum(parts, node.output[0], body, name)
 
-    def _product(self, matrix: Matrix, value: str, bias: str, body: list[Any]) -> str:
-        """x times the codes (or the plain matrix), with the bias where there is one."""
+    def _product(self, matrix: Matrix, value: str, body: list[Any]) -> str:
+        """x times the codes (or the plain matrix)."""
         builder, name = self.builder, matrix.name
         if matrix.codes is None:
             held = matrix.plain()
             if matrix.info.role is not Role.CONV1D:
                 held = self._turned(held, name)
-            found = builder.node(body, "MatMul", [value, held], f"{name}.product")
-            return self._plus(found, bias, body, name)
+            return builder.node(body, "MatMul", [value, held], f"{name}.product")
         form = matrix.form()
         if form.kind is Kind.BLOCKS and self.style.style == "nbits":
-            return self._nbits(matrix, form, value, bias, body)
+            return self._nbits(matrix, form, value, body)
         if form.kind is Kind.BLOCKS:
             held = dequantize_transposed(matrix, body, form)
         else:
             held = self._turned(dequantize(matrix, body, form), name, body)
-        found = builder.node(body, "MatMul", [value, held], f"{name}.product")
-        return self._plus(found, bias, body, name)
+        return builder.node(body, "MatMul", [value, held], f"{name}.product")
 
-    def _nbits(self, matrix: Matrix, form: Form, value: str, bias: str, body: list[Any]) -> str:
+    def _nbits(self, matrix: Matrix, form: Form, value: str, body: list[Any]) -> str:
         codes, scales, points = matrix.blocks(form)
-        inputs = [value, codes, scales, points, "", bias]
-        while inputs and not inputs[-1]:
-            inputs.pop()
+        inputs = [value, codes, scales, *([points] if points else [])]
         self.facts.operators[f"MatMulNBits {form.bits} bits"] += 1
         return self.builder.node(
             body,
@@ -244,13 +237,6 @@ class Operators:
     def _shaped(self, value: str, shape: Sequence[int], name: str) -> str:
         dims = self.builder.constant(f"{name}.shape", list(shape))
         return self.builder.node(self.builder.prelude, "Reshape", [value, dims], f"{name}.kernel")
-
-    def _plus(self, value: str, bias: str, body: list[Any], name: str) -> str:
-        return self.builder.node(body, "Add", [value, bias], f"{name}.biased") if bias else value
-
-    def _is_vector(self, name: str, size: int) -> bool:
-        """Whether a bias is a constant of one number an output."""
-        return self.constants.get(name) == [size]
 
     def _sum(self, parts: Sequence[str], output: str, body: list[Any], name: str) -> None:
         """The sum of the parts, under the name that the replaced node's output had."""
