@@ -46,7 +46,8 @@ def main() -> None:
     finally:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    subprocess.run([sys.executable, str(HERE / "goals.py"), str(options.json)], check=True)
+    if options.json.exists():
+        subprocess.run([sys.executable, str(HERE / "goals.py"), str(options.json)], check=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
