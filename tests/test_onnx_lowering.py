@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 
 from compress.checkpoint import open_checkpoint, skeleton
 from compress.export_onnx.builder import DATA_FILE
-from compress.export_onnx.data_file import data_of
 from compress.export_onnx.lowering import Lowered, lower
 from compress.export_onnx.pieces import in_pieces
 from compress.export_onnx.stored import of_output
@@ -81,6 +80,16 @@ def compressed(model: Path, out: Path, words: Sequence[str], fmt: str) -> None:
     recipe = Recipe(tuple(parse_pass(word) for word in words))
     with open_checkpoint(model) as checkpoint:
         run(make_plan(checkpoint, recipe, Options(format=fmt)), out, RunOptions(fsync=False))
+
+
+def data_of(lowered: Lowered) -> bytes:
+    """`model.onnx.data`, in memory."""
+    data = bytearray(lowered.data_bytes)
+    for copy in lowered.copies:
+        made = np.ascontiguousarray(copy.make()).tobytes()
+        assert len(made) == copy.nbytes
+        data[copy.offset : copy.offset + copy.nbytes] = made
+    return bytes(data)
 
 
 def export(out: Path, style: Style, graph: Any | None = None) -> Lowered:

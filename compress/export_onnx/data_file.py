@@ -25,14 +25,6 @@ def write_data(stage: Stage, lowered: Lowered) -> FileRecord:
         writer.close()
 
 
-def data_of(lowered: Lowered) -> bytes:
-    """The same as bytes, for graphs that are small."""
-    data = bytearray(lowered.data_bytes)
-    for copy in lowered.copies:
-        data[copy.offset : copy.offset + copy.nbytes] = _bytes_of(copy)
-    return bytes(data)
-
-
 def _bytes_of(copy: Copy) -> memoryview:
     found = np.ascontiguousarray(copy.make()).reshape(-1).view(np.uint8)
     if found.nbytes != copy.nbytes:

@@ -11,7 +11,6 @@ from compress.checkpoint import skeleton
 from compress.errors import InputError, show
 from compress.export_onnx.named_weights import WEIGHT
 from compress.export_onnx.tasks import PAST, SEQUENCE, TOTAL, Input
-from compress.tensor import DTYPES
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _FLOAT = skeleton.TYPES["F32"]
@@ -139,23 +138,3 @@ def _named(expression: str, known: dict[str, str]) -> str:
 
 def _dims(value: Any) -> Any:
     return value.type.tensor_type.shape.dim
-
-
-def inline_bytes(model: Any) -> int:
-    """Bytes of the constants that lie in a skeleton itself."""
-    total = 0
-    for graph in skeleton.graphs_of(model):
-        for tensor in getattr(graph, "initializer", ()):
-            if not skeleton.is_weight(tensor):
-                total += _bytes(tensor)
-        for node in graph.node:
-            total += sum(_bytes(a.t) for a in node.attribute if a.HasField("t"))
-    return total
-
-
-def _bytes(tensor: Any) -> int:
-    count = 1
-    for size in tensor.dims:
-        count *= size
-    tag = skeleton.TAGS.get(tensor.data_type)
-    return count * DTYPES[tag].itemsize if tag else len(tensor.raw_data)
