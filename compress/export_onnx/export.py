@@ -48,9 +48,7 @@ _TOKENS = 64  # of a sample
 _IMAGES, _PROOF_IMAGES = 32, 64
 _STEP = "exporting"
 _REAL = ("tensor(float)", "tensor(float16)", "tensor(double)", "tensor(bfloat16)")
-DECODER, ENCODER, CLASSIFIER, GRAPH, MODULE = (
-    "decoder", "encoder", "classifier", "graph", "module",
-)  # fmt: skip
+GRAPH, MODULE = "graph", "module"  # tasks beside those of capture
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,9 @@ def export_into(
         notes = list(lowered.facts.notes)
         images = None if samples is None else samples.get("images")
         if options.activations != "float" and images is not None:
-            exact = exact or bytes(model.SerializeToString())
             model, more = _with_static_activations(stage.path, model, images)
+            if model is not lowered.model:
+                exact = exact or bytes(lowered.model.SerializeToString())
             notes += more
         files[MODEL_FILE] = _write_graph(stage, model)
         seconds = time.perf_counter() - started
@@ -223,9 +222,11 @@ def _prove(
     graph = stage.path / MODEL_FILE
     if prepared.task == GRAPH:
         return _prove_graph(stage, prepared, output, exact, samples)
-    inputs, said = _inputs_of(prepared, output, samples)
     if prepared.task == MODULE:
         return _prove_module(graph, prepared, output, exact, samples)
+    from compress.export_onnx.tasks import ENCODER
+
+    inputs, said = _inputs_of(prepared, output, samples)
 
     def feeds(runner: Onnx) -> list[Feed]:
         return [_feed(runner, one) for one in inputs]

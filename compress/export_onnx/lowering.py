@@ -20,7 +20,6 @@ from compress.checkpoint import skeleton
 from compress.checkpoint.skeleton import TYPES
 from compress.errors import InputError, show
 from compress.export_onnx.builder import (
-    DATA_FILE,
     FLOAT,
     FLOAT16,
     MICROSOFT,
@@ -301,6 +300,3 @@ def _opset(model: Any) -> int:
 
 def _is_matrix(matrix: Matrix) -> bool:
     return len(matrix.info.shape) == 2
-
-
-__all__ = ["DATA_FILE", "Entry", "Lowered", "lower"]

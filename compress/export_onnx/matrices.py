@@ -40,8 +40,6 @@ from compress.passes.base import CodesSpec
 from compress.tensor import Array, Codes, Role, Tensor, TensorInfo
 
 _PACKED_ROLES = (Role.LINEAR, Role.HEAD)  # of compressed-tensors, whose other codes are tables
-
-
 SPREAD_OPSET = 13  # whose Unsqueeze takes its axes as an input
 
 
