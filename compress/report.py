@@ -178,15 +178,15 @@ def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
     table.add_column("tensor", overflow="ellipsis", no_wrap=True, ratio=1)
     for heading in ("bytes", "bits/w", "zeros", "out err" if by_outputs else "error", "plain"):
         table.add_column(heading, justify="right", no_wrap=True)
-    worst = sorted(changed, key=lambda r: -r[error])[:limit]
+    worst = sorted(changed, key=lambda r: (not math.isnan(r[error]), -r[error]))[:limit]
     for r in worst:
         table.add_row(
             Text(show(r["name"], 48)),
             human(r["bytes_after"]),
             f"{r['bits_per_weight']:.2f}",
             f"{r['sparsity']:.0%}",
-            f"{r[error]:.4f}",
-            "-" if r[plain] is None else f"{r[plain]:.4f}",
+            _error(r[error]),
+            _error(r[plain]),
         )
     if changed:
         shown = "all" if len(worst) == len(changed) else f"the {len(worst)} largest errors of"
@@ -205,8 +205,8 @@ def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
     )
     console.print(
         Text(
-            f"relative error {totals['relative_error']:.4f}, largest in one tensor "
-            f"{totals['max_relative_error']:.4f}, zeros {totals['sparsity']:.1%}, "
+            f"relative error {_error(totals['relative_error'])}, largest in one tensor "
+            f"{_error(totals['max_relative_error'])}, zeros {totals['sparsity']:.1%}, "
             f"{totals['seconds']:.1f} s, peak memory {human(totals['peak_memory'])}"
         )
     )
@@ -222,6 +222,11 @@ def print_report(report: Report, console: Console, *, limit: int = 12) -> None:
         console.print(Text(f"note: {note}"))
     for warning in body["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
+
+
+def _error(value: float | None) -> str:
+    """Four places, or a dash: nothing to compare with, or squares beyond float32."""
+    return "-" if value is None or math.isnan(value) else f"{value:.4f}"
 
 
 def human(nbytes: float) -> str:
@@ -254,6 +259,8 @@ def _verdict(plan: Plan, totals: Mapping[str, Any], changed: list[dict[str, Any]
         _ratio(sum(w * r[key] ** 2 for w, r in zip(weights, compared, strict=True)), sum(weights))
         for key in (own, other)
     )
+    if math.isnan(ours) or math.isnan(plain):
+        return "verdict: squares of these weights lie beyond float32: no error can be compared"
     loses = sum(r[own] > (1 + _MARGIN) * r[other] for r in compared)
     what = "relative error of the outputs" if by_outputs else "relative error"
     figures = f"{what} {ours:.4f} against {plain:.4f} of plain rounding at the same bytes"

@@ -215,6 +215,15 @@ def store_scale(scale: F32, scale_dtype: str) -> F32:
     return np.where(np.abs(rounded) < tiny, np.copysign(tiny, rounded), rounded)
 
 
+def store_scale_above(scale: F32, scale_dtype: str) -> F32:
+    """Round up to the stored dtype: codes made to end at the largest weight still reach it."""
+    rounded = store_scale(scale, scale_dtype)
+    with np.errstate(over="ignore"):
+        stored = rounded.astype(SCALE_DTYPES[scale_dtype])
+        above = np.nextafter(stored, stored.dtype.type(np.inf)).astype(np.float32)
+    return np.where(rounded < scale, above, rounded)
+
+
 def symmetric_factors(bits: int) -> F32:
     """float32 [16]: candidate scale / absmax."""
     half = float(1 << (bits - 1))
@@ -260,11 +269,13 @@ def _plain(groups: Groups, bits: int, symmetric: bool, scale_dtype: str) -> tupl
     top = (1 << bits) - 1
     if symmetric:
         divisor = np.float32(1.5 if bits == 2 else (1 << (bits - 1)) - 1)
-        scale = store_scale(groups.absmax / divisor, scale_dtype)
+        # From 3 bits on the largest weight keeps the largest code, however its scale is rounded.
+        store = store_scale_above if bits == 2 else store_scale
+        scale = store(groups.absmax / divisor, scale_dtype)
         zero_point = np.full_like(scale, 1 << (bits - 1))
     else:
         with np.errstate(over="ignore"):
-            scale = store_scale((groups.high - groups.low) / np.float32(top), scale_dtype)
+            scale = store_scale_above((groups.high - groups.low) / np.float32(top), scale_dtype)
         zero_point = _zero_point(groups.low, scale, top)
     scale[groups.absmax == 0] = 1
     return scale, zero_point

@@ -11,6 +11,19 @@ COMPRESS_INLINE F stored(F scale, Kind kind) {
   return lift(kind == kBFloat16 ? round_bf16(scale) : scale, 1.17549435e-38f);
 }
 
+// Rounded up instead: codes made to end at the largest weight still reach it. What is added before
+// the second rounding is between 3/4 and 3/2 of a step: it ends at the next value.
+COMPRESS_INLINE F stored_above(F scale, Kind kind) {
+  const float step = kind == kFloat16 ? 1.0f + 0x1.8p-11f : 1.0f + 0x1.8p-8f;
+  const F rounded = stored(scale, kind), above = stored(mul(rounded, set1(step)), kind);
+  alignas(64) float exact[kLanes], nearest[kLanes], next[kLanes];
+  store(exact, scale);
+  store(nearest, rounded);
+  store(next, above);
+  for (size_t i = 0; i < kLanes; ++i) nearest[i] = nearest[i] < exact[i] ? next[i] : nearest[i];
+  return load(nearest);
+}
+
 // The first `count` of sixteen scales.
 static void write_scales(uint8_t* out, const float* scales, size_t count, Kind kind) {
   if (kind == kFloat32) {
@@ -146,10 +159,12 @@ static void plain_scales(const QuantizeArgs& args, const float* lows, const floa
   F scale, zero_point;
   if (!args.zero_point) {
     const float divisor = args.bits == 2 ? 1.5f : (float)((1 << (args.bits - 1)) - 1);
-    scale = stored(div(max_(high, negated), set1(divisor)), args.scale_kind);
+    scale = div(max_(high, negated), set1(divisor));
+    // From 3 bits on the largest weight keeps the largest code, however its scale is rounded.
+    scale = args.bits == 2 ? stored_above(scale, args.scale_kind) : stored(scale, args.scale_kind);
     zero_point = set1((float)(1 << (args.bits - 1)));
   } else {
-    scale = stored(div(sub(high, low), set1(top)), args.scale_kind);
+    scale = stored_above(div(sub(high, low), set1(top)), args.scale_kind);
     zero_point = min_(max_(rint_(div(negated, scale)), set1(0)), set1(top));
   }
   store(out.scale, scale);

@@ -53,10 +53,12 @@ __device__ inline Scale plain_scale(const QuantizeWork& work, float low, float h
   Scale result;
   if (work.symmetric) {
     const float divisor = bits == 2 ? 1.5f : static_cast<float>((1 << (bits - 1)) - 1);
-    result.scale = stored_scale(fmaxf(high, -low) / divisor, work.args.scale_kind);
+    const float scale = fmaxf(high, -low) / divisor;
+    result.scale = bits == 2 ? stored_scale_above(scale, work.args.scale_kind)
+                             : stored_scale(scale, work.args.scale_kind);
     result.zero_point = static_cast<float>(1 << (bits - 1));
   } else {
-    result.scale = stored_scale((high - low) / top, work.args.scale_kind);
+    result.scale = stored_scale_above((high - low) / top, work.args.scale_kind);
     result.zero_point = zero_of(low, result.scale, top);
   }
   if (low == 0 && high == 0) {
