@@ -1,6 +1,27 @@
-"""`python -m compress`."""
+"""`python -m compress`, and the command `compress`."""
 
-from compress.cli import main
+from __future__ import annotations
+
+import sys
+
+from compress import interrupts
+
+
+def main() -> None:
+    """Answer signals before the libraries of the command line are imported; then be it."""
+    interrupts.catch()
+    try:
+        from compress import cli
+
+        cli.main()
+    except Exception:
+        number = interrupts.arrived()
+        if number is None:
+            raise
+        interrupts.ignore()
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(128 + number)
+
 
 if __name__ == "__main__":
     main()

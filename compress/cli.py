@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from compress import __version__, evaluation_commands
+from compress import __version__, evaluation_commands, interrupts
 from compress.calibrate.on_the_way import CalibrateOn
 from compress.calibrate_command import calibrate
 from compress.errors import CompressError, Interrupted, UsageError, from_os_error, show
@@ -381,7 +381,7 @@ def _root(
 def main() -> None:
     """Entry point: one line for an error, the exit code of its kind, no traceback."""
     _register_one_pass_commands(sys.argv[1:])
-    _catch_signals()
+    interrupts.catch()
     try:
         app(prog_name="compress")
     except CompressError as error:
@@ -412,16 +412,6 @@ def _register_one_pass_commands(arguments: list[str]) -> None:
             app.command(name, help=text)(stub)
 
 
-def _catch_signals() -> None:
-    import signal
-
-    def stop(number: int, _frame: object) -> None:
-        raise Interrupted(number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-
-
 def _resource(message: str, hint: str) -> CompressError:
     from compress.errors import ResourceError
 
@@ -429,6 +419,10 @@ def _resource(message: str, hint: str) -> CompressError:
 
 
 def _fail(error: CompressError) -> None:
+    number = interrupts.arrived()
+    if number is not None:  # whatever the interrupted code made of it
+        interrupts.ignore()
+        error = Interrupted(number)
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"hint: {error.hint}", file=sys.stderr)

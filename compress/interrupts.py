@@ -1,4 +1,4 @@
-"""Holding SIGINT and SIGTERM back over the few steps that must happen together."""
+"""SIGINT and SIGTERM: answered by an exception, and held back over steps that belong together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,35 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from compress.errors import Interrupted
+
 _HELD = (signal.SIGINT, signal.SIGTERM)
+_arrived: list[int] = []
+
+
+def catch() -> None:
+    """From now on SIGINT and SIGTERM raise Interrupted in the main thread."""
+
+    def stop(number: int, _frame: object) -> None:
+        _arrived.append(number)
+        raise Interrupted(number)
+
+    for number in _HELD:
+        signal.signal(number, stop)
+
+
+def arrived() -> int | None:
+    """The signal that came first, whatever became of its exception.
+
+    Code that was interrupted may turn it into another: numpy's import makes an ImportError of it.
+    """
+    return _arrived[0] if _arrived else None
+
+
+def ignore() -> None:
+    """The process is ending: another signal must not change how."""
+    for number in _HELD:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -626,6 +627,44 @@ def test_a_deferred_signal_comes_when_the_block_ends() -> None:
         raise OSError  # an error does not swallow the signal
     thread = threading.Thread(target=lambda: interrupts.deferred().__enter__())
     thread.start(), thread.join()
+
+
+# A program that is the command line, but for a signal that comes while a module is imported.
+INTERRUPTED_IMPORT = """
+import importlib.abc, runpy, signal, sys
+
+class Interrupting(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == WHERE:
+            sys.meta_path.remove(self)
+            signal.raise_signal(NUMBER)
+
+WHERE, NUMBER = sys.argv.pop(1), int(sys.argv.pop(1))
+sys.meta_path.insert(0, Interrupting())
+runpy.run_module("compress", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "where", ["typer", "numpy._core.multiarray", "numpy._core._multiarray_umath"]
+)
+def test_a_signal_while_libraries_are_imported(
+    tmp_path: Path, model: Path, where: str, number: int
+) -> None:
+    """numpy prints what interrupts its import and makes an ImportError of it."""
+    words = ["run", str(model), "-o", str(tmp_path / "out"), NEW]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, where, str(int(number)), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr.endswith("error: interrupted\n")
+    assert "internal error" not in done.stderr and "hint" not in done.stderr
+    assert where != "typer" or done.stderr == "error: interrupted\n"
+    assert not (tmp_path / "out").exists() and litter(tmp_path) == []
 
 
 def test_a_signal_keeps_finished_shards(tmp_path: Path, sharded: Path) -> None:
