@@ -202,11 +202,16 @@ def _export_onnx(
 
 
 def _require_own(out: Path, checkpoint: Checkpoint) -> None:
-    """Only an output of this tool gets a file into its own directory. Raises UsageError."""
+    """Only an output of this tool gets a file into its own directory.
+
+    Raises UsageError, InputError where a newer version wrote it.
+    """
     from compress.checkpoint import manifest
 
     try:
         manifest.load(out)
+    except manifest.NewerManifest:
+        raise
     except InputError:
         raise UsageError(
             f"{show(str(checkpoint.path))}: not an output of this tool, which could get a file",
@@ -253,6 +258,8 @@ def _manifest(
 
     try:
         body = manifest.load(out)
+    except manifest.NewerManifest:
+        raise
     except InputError:
         body = {"source": {"fingerprint": checkpoint.fingerprint()}, "recipe": {}, "run": {}}
     return manifest.build(

@@ -32,7 +32,8 @@ def unpack_output(
 ) -> dict[str, Any]:
     """Decode every tensor of `out` into the plain checkpoint `dense`, staged like a run.
 
-    Raises UsageError where `out` is no output of this tool or would be written over.
+    Raises UsageError where `out` is no output of this tool or would be written over, InputError
+    where it is damaged or a newer version wrote it.
     """
     started = time.perf_counter()
     refuse_overlap(out, dense)
@@ -72,6 +73,8 @@ def _open(out: Path) -> Checkpoint:
         return open_output(out)
     try:
         dense = manifest.load(out)["format"] == "dense"
+    except manifest.NewerManifest:
+        raise
     except InputError:
         dense = False
     if not dense:

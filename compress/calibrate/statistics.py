@@ -42,6 +42,7 @@ from compress.tensor import Array, TensorInfo
 
 KEY = "compress.statistics"
 VERSION = 1
+READS = (1,)  # every version that was ever released: each has a golden file (tests/golden)
 
 DIAGONAL = "diagonal"
 SECOND_MOMENT = "second_moment"
@@ -317,9 +318,10 @@ def open_statistics(path: str | Path) -> Statistics:
 def _parse(raw: str, where: str) -> Record:
     body = strict_json.parse(raw.encode(), where, floats=True)
     try:
-        if body["version"] != VERSION:
+        if type(body["version"]) is not int or body["version"] not in READS:
             raise InputError(
-                f"{show(where)}: statistics of version {show(str(body['version']))}",
+                f"{show(where)}: statistics of version {show(str(body['version']))},"
+                f" this program reads up to {VERSION}",
                 hint="another version of this program wrote it: calibrate again",
             )
         sites = tuple(

@@ -18,10 +18,15 @@ from compress.errors import InputError, VerifyError, show
 
 NAME = "manifest.json"
 VERSION = 1
+READS = (1,)  # every version that was ever released: each has golden outputs (tests/golden)
 TOOL = "compress-checkpoints"
 # Formats of what `export` wrote into a directory of its own: no checkpoints of ours.
 GENAI, GRAPH = "genai", "onnx-graph"
 _MAX_BYTES = 256 << 20
+
+
+class NewerManifest(InputError):
+    """It is ours, of a version that this program does not read."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def build(
 def load(directory: Path) -> dict[str, Any]:
     """The manifest in `directory` with every field that is used of the right type.
 
-    Raises InputError, also where there is none; its digest is not looked at.
+    Raises InputError, also where there is none, and NewerManifest; its digest is not looked at.
     """
     return _load(directory)[0]
 
@@ -75,11 +80,16 @@ def _load(directory: Path) -> tuple[dict[str, Any], bytes]:
     finally:
         file.close()
     body = strict_json.loads(raw, NAME)
-    if not isinstance(body, dict) or body.get("manifest_version") != VERSION:
-        raise InputError(f"{NAME}: not a manifest of version {VERSION}")
-    tool = body.get("tool")
+    tool = body.get("tool") if isinstance(body, dict) else None
     if not isinstance(tool, dict) or tool.get("name") != TOOL:
         raise InputError(f"{NAME}: not a manifest of {TOOL}")
+    version = body.get("manifest_version")
+    if type(version) is not int or version not in READS:
+        raise NewerManifest(
+            f"{NAME}: a manifest of version {show(str(version))}, this program reads up to"
+            f" {VERSION}",
+            hint="a newer version of this program wrote it",
+        )
     if not isinstance(body.get("format"), str) or not isinstance(body.get("files"), dict):
         raise InputError(f"{NAME}: no format or no list of files")
     for name, record in body["files"].items():
