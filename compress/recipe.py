@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import io
 import math
 import operator
@@ -20,6 +21,7 @@ from compress.passes.base import Pass, option_fields
 
 MAX_RECIPE_BYTES = 1_000_000
 MAX_DEPTH = 32
+MAX_INTEGER = (1 << 63) - 1
 FORMATS = ("auto", "compressed-tensors", "native", "onnx", "dense")
 UNTOUCHED = ("keep", "bf16", "fp16")
 GATE_METRICS = tuple(METRICS)
@@ -134,7 +136,9 @@ def recipe_from_mapping(data: Any) -> Recipe:
         raise UsageError("a recipe is a mapping with the key `passes`")
     _refuse_unknown(data, ("version", "model", "passes", "output", "gates", "seed"), "recipe")
     if data.get("version", 1) != 1 or isinstance(data.get("version"), bool):
-        raise UsageError(f"version: {data['version']!r} is not known; this tool reads version 1")
+        raise UsageError(
+            f"version: {show(repr(data['version']))} is not known; this tool reads version 1"
+        )
     listed = data.get("passes")
     if not isinstance(listed, list) or not listed:
         raise UsageError("passes: expected a list of passes, e.g. `- quantize: {bits: 4}`")
@@ -143,7 +147,7 @@ def recipe_from_mapping(data: Any) -> Recipe:
         raise UsageError("model: expected a path")
     seed = data.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UsageError(f"seed: expected a whole number from 0, got {seed!r}")
+        raise UsageError(f"seed: expected a whole number from 0, got {show(repr(seed))}")
     return Recipe(
         passes=tuple(_pass_entry(entry) for entry in listed),
         model=model,
@@ -166,15 +170,22 @@ def parse_pass(word: str) -> Pass:
             )
         if key.strip() in options:
             raise UsageError(f"{show(word)}: {show(key.strip())} is given twice")
-        # `*query*` is a glob to everyone but YAML, which would read an alias.
-        is_glob = value.lstrip().startswith("*")
-        where = f"{show(name)}: {show(key.strip())}"
-        try:
-            options[key.strip()] = value.strip() if is_glob else parse_yaml(value.encode(), where)
-        except InputError as error:  # typed on the command line: a flag, not a file
-            hint = 'quote globs inside a list: targets=["*query", "*key"]'
-            raise UsageError(error.message, hint=hint) from error
+        options[key.strip()] = parse_value(value, f"{show(name)}: {show(key.strip())}")
     return build_pass(name.strip(), options)
+
+
+def parse_value(text: str, where: str) -> Any:
+    """A value as typed: YAML, or a glob. Raises UsageError: it is a flag, not a file."""
+    # `*query*` is a glob to everyone but YAML, which would read an alias.
+    if text.lstrip().startswith("*"):
+        return text.strip()
+    try:
+        return parse_yaml(text.encode(), where)
+    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+        raise UsageError(f"{where}: not UTF-8: {show(text)}") from None
+    except InputError as error:
+        hint = 'quote globs inside a list: targets=["*query", "*key"]'
+        raise UsageError(error.message, hint=hint) from error
 
 
 def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
@@ -187,7 +198,7 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
     spellings = {f.name: f for f in option_fields(cls)}
     for option_field in option_fields(cls):
         spellings |= dict.fromkeys(option_field.metadata["aliases"], option_field)
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     values: dict[str, Any] = {}
     for raw_key, raw in options.items():
         key = str(raw_key).replace("-", "_")
@@ -204,6 +215,12 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
     return built
 
 
+@functools.cache
+def _type_hints(cls: type[Pass]) -> dict[str, Any]:
+    """The types of a pass's options; finding them takes longer than all else."""
+    return typing.get_type_hints(cls)
+
+
 def parse_yaml(raw: bytes, where: str) -> Any:
     """One YAML 1.2 document without aliases, tags or duplicate keys. Raises InputError."""
     from ruamel.yaml import YAML
@@ -217,7 +234,7 @@ def parse_yaml(raw: bytes, where: str) -> Any:
     reader.allow_duplicate_keys = False
     try:
         _refuse_odd_yaml(reader.parse(io.StringIO(text)), where)
-        return reader.load(io.StringIO(text))
+        value = reader.load(io.StringIO(text))
     except YAMLError as error:
         line = str(getattr(error, "problem", None) or error).splitlines()[0]
         mark = getattr(error, "problem_mark", None)
@@ -225,6 +242,21 @@ def parse_yaml(raw: bytes, where: str) -> Any:
         raise InputError(f"{where}: {show(line)}{at}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not a value this tool reads") from error
+    _refuse_vast(value, where)
+    return value
+
+
+def _refuse_vast(value: Any, where: str) -> None:
+    """Refuse integers of more than 64 bits: no option means one, and not every reader takes it."""
+    todo = [value]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Mapping):
+            todo += [*item, *item.values()]
+        elif isinstance(item, list | tuple | set):
+            todo += item
+        elif isinstance(item, int) and abs(item) > MAX_INTEGER:
+            raise InputError(f"{where}: an integer of more than 64 bits")
 
 
 def _refuse_odd_yaml(events: Iterable[Any], where: str) -> None:
@@ -271,7 +303,7 @@ def _output(mapping: Any) -> Output:
     _refuse_unknown(mapping, ("format", "untouched", "onnx"), "output")
     output = Output(**mapping)
     if not isinstance(output.onnx, bool):
-        raise UsageError(f"output: onnx: expected true or false, got {output.onnx!r}")
+        raise UsageError(f"output: onnx: expected true or false, got {show(repr(output.onnx))}")
     for key, value, allowed in (
         ("format", output.format, FORMATS),
         ("untouched", output.untouched, UNTOUCHED),
@@ -304,7 +336,7 @@ def _convert(raw: Any, hint: Any, metadata: Mapping[str, Any], name: str, key: s
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and ((low is not None and value < low) or (high is not None and value > high)):
         allowed = f"from {low:g}" if high is None else f"from {low:g} to {high:g}"
-        raise UsageError(f"{name}: {key}={value} is out of range ({allowed})")
+        raise UsageError(f"{name}: {key}={show(repr(value))} is out of range ({allowed})")
     if choices and value not in choices:
         best = _nearest(str(value), choices) or f"one of {', '.join(choices)}"
         raise UsageError(f"{name}: {key}: unknown value {show(str(value))}", hint=best)

@@ -8,7 +8,15 @@ import pytest
 
 from compress.errors import CompressError, InputError, UsageError
 from compress.passes.quantize import Quantize
-from compress.recipe import Gate, parse_pass, parse_yaml, read_recipe, recipe_from_mapping
+from compress.recipe import (
+    Gate,
+    Recipe,
+    parse_pass,
+    parse_yaml,
+    read_recipe,
+    recipe_from_mapping,
+)
+from compress.sweep.grid import parse_axis
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -100,6 +108,43 @@ def test_a_wrong_recipe_is_a_usage_error(tmp_path: Path, text: str, what: str) -
 def test_odd_yaml_is_an_input_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError):
         read_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"passes: [quantize]\nseed: 0x{'f' * 5000}\n",  # Python does not write it out
+        f"passes: [{{quantize: {{bits: [0x{'f' * 5000}]}}}}]\n",
+        f"passes: [quantize]\ngates: [{{metric: bytes, max: {'9' * 400}}}]\n",  # no float holds it
+        f"passes: [{{quantize: {{group: {'9' * 41}}}}}]\n",  # `verify` could not read the manifest
+    ],
+)
+def test_vast_integers_are_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match=r"recipe\.yaml: an integer of more than 64 bits"):
+        read_recipe(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("key", ["version: ", "seed: ", "output: {onnx: "])
+def test_errors_quote_long_values_shortened(tmp_path: Path, key: str) -> None:
+    end = "}" if "{" in key else ""
+    long = "\N{LATIN SMALL LETTER E WITH ACUTE}" * 9000
+    text = f"passes: [quantize]\n{key}{long}{end}\n"
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert caught.value.message.isascii() and len(caught.value.message) < 400
+
+
+def test_words_that_are_no_utf_8_are_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r"bits: not UTF-8: \\udcff"):
+        parse_pass("quantize:bits=\udcff")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        parse_axis("quantize.bits=\udcff", Recipe((parse_pass("quantize"),)))
+
+
+def test_bad_yaml_in_a_grid_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="--grid"):
+        parse_axis("quantize.bits='", Recipe((parse_pass("quantize"),)))
 
 
 def test_numbers_are_yaml_1_2() -> None:

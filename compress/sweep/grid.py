@@ -12,7 +12,7 @@ from typing import Any
 
 from compress.errors import UsageError, show
 from compress.passes.base import Pass, option_fields
-from compress.recipe import Recipe, build_pass, parse_yaml, split_outside_brackets
+from compress.recipe import Recipe, build_pass, parse_value, split_outside_brackets
 
 OFF = "off"  # the value that leaves the pass out
 MAX_POINTS = 1000
@@ -161,9 +161,7 @@ def _option(one: Pass, typed: str, text: str) -> str:
 
 def _value(part: str, text: str) -> Any:
     """One value: a YAML scalar or a flow list; a glob is text."""
-    if part.startswith("*"):
-        return part
-    return parse_yaml(part.encode(), f"--grid {show(text)}")
+    return parse_value(part, f"--grid {show(text)}")
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
