@@ -409,7 +409,11 @@ def _record(directory: str, entrance: str) -> metadata.Record:
     source_metadata: dict[str, str] = {}
     cast: dict[str, str] = {}
     for file in _weight_files(directory, entrance):
-        found = metadata.decode(_metadata_of(directory, file))
+        mapping = _metadata_of(directory, file)
+        try:
+            found = metadata.decode(mapping)
+        except InputError as error:
+            raise InputError(f"{show(file)}: {error.message}", hint=error.hint) from None
         names.add(found.format)
         own = {entry.info.name: entry for entry in found.entries}
         if twice := (own.keys() | found.cast.keys()) & (entries.keys() | cast.keys()):

@@ -743,7 +743,8 @@ GOOD: dict[str, Any] = {
         {"rank": 17, "factor_dtype": "F16"}, {"rank": -1, "factor_dtype": "F16"},
         {"factor_dtype": "F16"}, {"rank": 2, "factor_dtype": "I64"}, {"nonzeros": 129},
         {"nonzeros": [1, 2]}, {"outliers": 1}, {"outliers": 1, "outlier_columns": 17},
-        {"unknown": 1}, {"role": "experts"}, {"bits": None},
+        {"unknown": 1}, {"role": "experts"}, {"bits": None}, {"rank": 0, "factor_dtype": "F16"},
+        {"outliers": 0, "outlier_columns": 0}, {"outliers": 1, "outlier_columns": 2},
     ],
 )  # fmt: skip
 def test_metadata_refuses(change: dict[str, Any]) -> None:
@@ -943,6 +944,16 @@ def test_an_output_that_contradicts_its_record_is_refused(
     damage(arrays)
     save_file(arrays, file, metadata=record)
     with pytest.raises(InputError):
+        open_output(tmp_path / "out")
+
+
+def test_errors_of_a_record_name_its_file(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    example(tmp_path / "out", NATIVE)
+    file = tmp_path / "out" / "model.compress.safetensors"
+    save_file(load_file(file), file, metadata={"format": "pt", "compress": "{"})
+    with pytest.raises(InputError, match=r"model\.compress\.safetensors: the record .* JSON"):
         open_output(tmp_path / "out")
 
 

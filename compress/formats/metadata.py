@@ -87,7 +87,9 @@ def decode(mapping: Mapping[str, str]) -> Record:
     """The record in a weight file's `__metadata__`. Raises InputError."""
     if KEY not in mapping:
         raise InputError("the weight file has no record of compressed tensors")
-    body = strict_json.parse(mapping[KEY].encode("utf-8", "replace"), KEY, floats=False)
+    body = strict_json.parse(
+        mapping[KEY].encode("utf-8", "replace"), "the record of compressed tensors", floats=False
+    )
     top = _fields(body, "the record", {"version", "format", "tensors"}, {"source_metadata", "cast"})
     if type(top["version"]) is not int or top["version"] not in READS:
         raise InputError(
@@ -170,18 +172,26 @@ def _decode_entry(name: str, raw: Any) -> Entry:
     fields = _fields(raw, where, _REQUIRED, _OPTIONAL)
     info = _decode_info(name, fields, where)
     rows, columns = info.matrix_shape
-    rank = _integer(fields.get("rank", 0), 0, max(rows, columns), where, "rank")
+    # What is not there is left out, so a count that is there is not 0.
+    rank = 0
+    if "rank" in fields:
+        rank = _integer(fields["rank"], 1, max(rows, columns), where, "rank")
     if ("rank" in fields) != ("factor_dtype" in fields):
         raise InputError(f"{where}: rank and factor_dtype go together")
     if ("outliers" in fields) != ("outlier_columns" in fields):
         raise InputError(f"{where}: outliers and outlier_columns go together")
+    outliers = outlier_columns = (0, 0)
+    if "outliers" in fields:
+        outliers = _count(fields, "outliers", info.size, where, least=1)
+        most = min(columns, outliers[1])
+        outlier_columns = _count(fields, "outlier_columns", most, where, least=1)
     terms = Terms(
         nonzeros=_count(fields, "nonzeros", info.size, where) if "nonzeros" in fields else None,
         codes=_decode_codes(fields, where),
         rank=rank,
         factor_dtype=_choice(fields.get("factor_dtype", "F16"), _FACTOR_DTYPES, where),
-        outliers=_count(fields, "outliers", info.size, where),
-        outlier_columns=_count(fields, "outlier_columns", columns, where),
+        outliers=outliers,
+        outlier_columns=outlier_columns,
     )
     return Entry(info, terms)
 
@@ -250,6 +260,8 @@ def _choice(value: Any, allowed: frozenset[str], where: str) -> str:
     return value
 
 
-def _count(fields: Mapping[str, Any], what: str, most: int, where: str) -> tuple[int, int]:
-    count = _integer(fields.get(what, 0), 0, most, where, what)
+def _count(
+    fields: Mapping[str, Any], what: str, most: int, where: str, *, least: int = 0
+) -> tuple[int, int]:
+    count = _integer(fields[what], least, most, where, what)
     return count, count
