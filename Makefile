@@ -6,7 +6,7 @@ SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/emulator/*.h \
   tests/cross/*.h tests/cross/*.cpp tests/cross/*/*.h)
 
-.PHONY: help setup demo test test-fast lint format asan tsan cross bench bench-quality bench-onnx large soak \
+.PHONY: help setup demo test test-fast lint format asan tsan cross bench bench-quality bench-onnx large soak fuzz \
   cuda cuda-check clean
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-onnx  the ONNX export: every figure beside its goal (8 GB of disk, half an hour)"
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
 	@echo "make soak    1000 kills, 14,000 damaged outputs"
+	@echo "make fuzz    ten minutes of coverage-guided fuzzing of the readers (FUZZ_SECONDS=600)"
 	@echo "make cuda    the CUDA kernels, into compress/kernels (needs nvcc)"
 	@echo "make cuda-check  those, tested and timed on a device"
 
@@ -105,6 +106,14 @@ large: .venv/installed
 soak: .venv/installed
 	$(BIN)/python bench/kills.py --kills 1000
 	$(BIN)/python bench/flips.py --flips 10000
+
+# A slice adds to those before it: docs/fuzzing.md. atheris comes with the extra `fuzz`.
+FUZZ_SECONDS ?= 600
+FUZZ_TARGET ?= all
+fuzz: .venv/installed
+	$(BIN)/python -c "import atheris" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python bench/fuzz.py --target $(FUZZ_TARGET) --seconds $(FUZZ_SECONDS)
 
 cuda: .venv/installed
 	@if command -v nvcc >/dev/null; then \
