@@ -25,7 +25,8 @@ def read_directly(model: Any, weights: Mapping[str, Weight]) -> None:
     consumers: dict[str, list[tuple[int, int]]] = {}
     for number, node in enumerate(nodes):
         for place, value in enumerate(node.input):
-            consumers.setdefault(value, []).append((number, place))
+            if value:  # an output without a name can be no input: nodes could pass it on for ever
+                consumers.setdefault(value, []).append((number, place))
     unread: set[int] = set()
     for name, weight in weights.items():
         if weight.role not in _READ:
