@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -64,6 +65,7 @@ class Slice:
     def run(self, seconds: float, runs: int) -> int:
         """Fuzz; returns the number of finds."""
         before, started, done, deaths = self._kept(), time.monotonic(), 0, 0
+        used = processor_seconds()
         while done < runs and (left := seconds - (time.monotonic() - started)) > 1:
             counted, status = self._process(int(left), runs - done)
             done += counted
@@ -74,13 +76,15 @@ class Slice:
                 raise SystemExit(f"{self.name}: the fuzzer does not start")
         spent = time.monotonic() - started
         new = self._kept() - before
-        self._record(done, spent, new)
+        used = processor_seconds() - used
+        self._record(done, used, new)
         print(
-            f"{self.name}: {done:,} runs in {spent:.0f} s ({done / max(spent, 1):,.0f}/s),"
+            f"{self.name}: {done:,} runs in {spent:.0f} s ({used:.0f} of a processor,"
+            f" {done / max(used, 1):,.0f} a second),"
             f" {len(new)} new finds, {deaths} dead processes", flush=True,
         )  # fmt: skip
         for one in sorted(new):
-            print(f"  {one}: {(self.work / 'broken' / one).read_text()}", flush=True)
+            print(f"  {one}: {self._what(one)}", flush=True)
         return len(new)
 
     def _process(self, seconds: int, runs: int) -> tuple[int, int]:
@@ -113,6 +117,10 @@ class Slice:
     def _kept(self) -> set[str]:
         return {path.name for path in self.finds.glob("*.bin")}
 
+    def _what(self, find: str) -> str:
+        path = self.work / "broken" / find
+        return path.read_text() if path.exists() else "put there by hand"
+
     def _keep_artifacts(self) -> None:
         """What killed a process becomes a find as well; the worker keeps the others itself."""
         for prefix in ("crash-", "timeout-", "oom-"):
@@ -124,16 +132,18 @@ class Slice:
                 (self.work / "broken" / name).write_text(f"the process died: {prefix[:-1]}")
                 path.unlink()
 
-    def _record(self, runs: int, spent: float, new: set[str]) -> None:
+    def _record(self, runs: int, used: float, new: set[str]) -> None:
         state = json.loads(STATE.read_text()) if STATE.exists() else {}
-        own: dict[str, Any] = state.setdefault(self.name, {"runs": 0, "seconds": 0, "finds": {}})
+        own: dict[str, Any] = state.setdefault(
+            self.name, {"runs": 0, "processor_seconds": 0, "finds": {}}
+        )
         own["runs"] += runs
-        own["seconds"] += round(spent)
+        own["processor_seconds"] += round(used)
         own["inputs_kept_for_coverage"] = len(list((self.work / "grown").iterdir()))
         own["last_slice"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         own["code"] = code_version()
         for name in sorted(new):
-            own["finds"][name] = (self.work / "broken" / name).read_text()
+            own["finds"][name] = self._what(name)
         # Others may have been replaced by shorter inputs.
         own["finds"] = {name: what for name, what in own["finds"].items() if name in self._kept()}
         STATE.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
@@ -149,6 +159,12 @@ def corpus() -> Path | None:
             [sys.executable, str(script), str(made)], check=True, stdout=subprocess.DEVNULL
         )
     return made if made.exists() else None
+
+
+def processor_seconds() -> float:
+    """What processes that this one started and saw end have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def code_version() -> str:

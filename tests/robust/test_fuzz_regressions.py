@@ -7,8 +7,9 @@ its seeds and on a few mutations of them, and needs no atheris.
 from __future__ import annotations
 
 import json
+import signal
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -45,6 +46,20 @@ def finds() -> list[Any]:
         for name in fuzz.TARGETS
         for path in fuzz.load(name).finds()
     ]
+
+
+@pytest.fixture(autouse=True)
+def _no_run_without_end() -> Iterator[None]:
+    """A reader that hangs fails; the fuzzer stops after ten seconds."""
+
+    def stop(*_: object) -> None:
+        raise Broken("a minute of processor time")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 60)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
 
 
 @pytest.fixture(scope="module", params=fuzz.TARGETS)
