@@ -4,9 +4,10 @@ BIN := .venv/bin
 , := ,
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/cuda/*.cuh csrc/cuda/emulator/*.h \
-  tests/cross/*.h tests/cross/*.cpp tests/cross/*/*.h)
+  tests/cross/*.h tests/cross/*.cpp tests/cross/*/*.h tests/fuzz_kernels/*.h tests/fuzz_kernels/*.cpp)
 
-.PHONY: help setup demo test test-fast lint format asan tsan cross bench bench-quality bench-onnx large soak fuzz \
+.PHONY: help setup demo test test-fast lint format asan tsan cross fuzz fuzz-kernels bench bench-quality bench-onnx \
+  large soak \
   cuda cuda-check clean
 
 help:
@@ -16,6 +17,7 @@ help:
 	@echo "make asan    the kernel tests with AddressSanitizer and UBSan (GCC)"
 	@echo "make tsan    the kernel tests with ThreadSanitizer (GCC)"
 	@echo "make cross   the kernel tests on NEON (QEMU) and emulated AVX-512 (SIMDe)"
+	@echo "make fuzz-kernels  ten million inputs a kernel target, in slices (clang's libFuzzer)"
 	@echo "make bench   speed, as ratios beside their goals (needs 6 GB of disk)"
 	@echo "make bench-quality  quality beside its goals and beside the peers (3 GB of disk, half an hour)"
 	@echo "make bench-onnx  the ONNX export: every figure beside its goal (8 GB of disk, half an hour)"
@@ -78,6 +80,10 @@ tsan: .venv/installed
 
 cross: .venv/installed
 	COMPRESS_CROSS=1 $(BIN)/python -m pytest -s tests/test_cross_isa.py
+
+# Goes on where the last one stopped; MINUTES=30 stops it early.
+fuzz-kernels: .venv/installed
+	$(BIN)/python bench/fuzz_kernels.py $(if $(MINUTES),--minutes $(MINUTES))
 
 # Each prints its own tables and adds its figures to one file, which is printed in the end.
 FIGURES := build/figures.json

@@ -457,6 +457,18 @@ def test_empty_matrices(shape: tuple[int, int]) -> None:
 # ---------------------------------------------------------------- magnitudes
 
 
+def test_nothing_runs_over_the_rows_of_an_empty_matrix() -> None:
+    rows = (1 << 48) - 1  # as many as a file's header may name; a loop over them takes days
+    none, floats = np.empty((rows, 0), np.uint8), np.empty((rows, 0), np.float32)
+    kernels.pack_bits(none, 4, none)
+    kernels.unpack_bits(none, 4, none)
+    kernels.dequantize(none, floats, None, 4, 32, floats)
+    kernels.bitmask_expand(none, none[0], 0, none)
+    assert kernels.bitmask_compress(none, none.view(np.bool_), none, none[0]) == 0
+    with pytest.raises(ValueError, match="keeps 0 values, but 1"):
+        kernels.bitmask_expand(none, np.zeros(1, np.uint8), 0, none)
+
+
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("n", [1, 31, 1000, 70_001])
 def test_histogram_and_mask_select_the_largest(dtype: np.dtype, n: int) -> None:

@@ -294,6 +294,8 @@ def dequantize(
     if zero_point is not None:
         _check("zero_point", zero_point, np.uint8, (rows, groups))
     _check("out", out, np.float32, codes.shape, writable=True)
+    if not out.size:  # a file may have 2^48 rows of nothing: no loop may run over them
+        return
     native = dispatch.current().native
     if native is None:
         reference.dequantize(codes, scale, zero_point, bits, group_size, out)
@@ -315,6 +317,8 @@ def pack_bits(codes: U8, bits: int, out: U8) -> None:
     _check("codes", codes, np.uint8)
     _check("out", out, np.uint8, writable=True)
     _wide_enough(out, rows, n, bits)
+    if not out.size:
+        return
     native = dispatch.current().native
     if native is None:
         reference.pack_bits(codes, bits, out)
@@ -329,6 +333,8 @@ def unpack_bits(packed: U8, bits: int, out: U8) -> None:
     _check("packed", packed, np.uint8)
     _check("out", out, np.uint8, writable=True)
     _wide_enough(packed, rows, n, bits)
+    if not out.size:
+        return
     native = dispatch.current().native
     if native is None:
         reference.unpack_bits(packed, bits, out)
@@ -361,6 +367,8 @@ def bitmask_compress(values: Array, mask: Bool, bits_out: U8, kept_out: Array) -
     _check("mask", mask, np.bool_, values.shape)
     _check("bits_out", bits_out, np.uint8, (rows, (n + 7) // 8), writable=True)
     _check("kept_out", kept_out, values.dtype, writable=True)
+    if not values.size and kept_out.ndim == 1:
+        return 0
     native = dispatch.current().native
     count = int(np.count_nonzero(mask)) if native is None else int(native.count_mask(_raw(mask)))
     if kept_out.ndim != 1 or kept_out.size < count:
@@ -393,13 +401,16 @@ def bitmask_expand(bits: U8, kept: Array, fill: Any, out: Array) -> None:
     if kept.ndim != 1:
         raise ValueError("kept must be a vector")
     native = dispatch.current().native
-    count = (
-        reference.count_bits(bits, n)
-        if native is None
-        else int(native.count_bits(_raw(bits), rows, n))
-    )
+    if not out.size:
+        count = 0
+    elif native is None:
+        count = reference.count_bits(bits, n)
+    else:
+        count = int(native.count_bits(_raw(bits), rows, n))
     if count != kept.size:
         raise ValueError(f"the bitmask keeps {count} values, but {kept.size} were given")
+    if not out.size:
+        return
     filler = np.asarray(fill).astype(out.dtype).reshape(1)
     if native is None:
         reference.bitmask_expand(bits, kept, filler[0], out)

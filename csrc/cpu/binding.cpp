@@ -2,7 +2,8 @@
 //
 // compress/kernels/__init__.py checks shapes and dtypes and speaks in array terms; here arrays are
 // flat vectors of bytes with their sizes, checked once more, because a wrong one would corrupt
-// memory. The GIL is released while a kernel runs.
+// memory. The GIL is released while a kernel runs. An empty array says nothing of the size of its
+// other axis, which may be 2^48 in a file: no loop may run over it.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -164,6 +165,7 @@ void dequantize(const Bytes& codes, const Bytes& scale, const std::optional<Byte
   require(codes.size() == n && out.size() == n, "codes and out: wrong size");
   require(scale.size() == product(groups, 4), "scale: wrong size");
   require(!zero_point || zero_point->size() == groups, "zero_point: wrong size");
+  if (!n) return;
   const uint8_t* zero = zero_point ? zero_point->data() : nullptr;
   const Release release;
   kernels().dequantize(codes.data(), scale.data(), zero, rows, columns, bits, group_size,
@@ -175,6 +177,7 @@ void pack_bits(const Bytes& codes, size_t rows, size_t n, int bits, const OutByt
   check_packed(n, bits, width);
   require(codes.size() == product(rows, n), "codes: wrong size");
   require(out.size() == product(rows, width), "out: wrong size");
+  if (!out.size()) return;
   const Release release;
   kernels().pack_bits(codes.data(), rows, n, bits, out.data(), width);
 }
@@ -184,6 +187,7 @@ void unpack_bits(const Bytes& packed, size_t width, size_t rows, size_t n, int b
   check_packed(n, bits, width);
   require(packed.size() == product(rows, width), "packed: wrong size");
   require(out.size() == product(rows, n), "out: wrong size");
+  if (!out.size()) return;
   const Release release;
   kernels().unpack_bits(packed.data(), width, rows, n, bits, out.data());
 }
@@ -195,6 +199,7 @@ size_t count_mask(const Bytes& mask) {
 
 size_t count_bits(const Bytes& bits, size_t rows, size_t n) {
   require(bits.size() == product(rows, groups_of(n, 8)), "bits: wrong size");
+  if (!bits.size()) return 0;
   const Release release;
   return kernels().count_bits(bits.data(), rows, n);
 }
@@ -212,6 +217,7 @@ size_t bitmask_compress(const Bytes& values, size_t item, const Bytes& mask, siz
   const Release release;
   const size_t found = kernels().count_mask(mask.data(), count);
   require(kept.size() == product(found, item), "kept: wrong size");
+  if (!count) return 0;
   return kernels().bitmask_compress(values.data(), item, mask.data(), rows, n, bits.data(),
                                     kept.data(), found);
 }
@@ -223,8 +229,9 @@ void bitmask_expand(const Bytes& bits, const Bytes& kept, const Bytes& fill, siz
   require(bits.size() == product(rows, groups_of(n, 8)), "bits: wrong size");
   require(fill.size() == item, "fill: wrong size");
   const Release release;
-  const size_t found = kernels().count_bits(bits.data(), rows, n);
+  const size_t found = bits.size() ? kernels().count_bits(bits.data(), rows, n) : 0;
   require(kept.size() == product(found, item), "kept: wrong size");
+  if (!out.size()) return;
   kernels().bitmask_expand(bits.data(), kept.data(), found, fill.data(), item, rows, n, out.data());
 }
 
@@ -233,6 +240,7 @@ void add_low_rank(const Vector<float>& matrix, const Bytes& b, const Bytes& a, s
   require(matrix.size() == product(rows, columns), "matrix: wrong size");
   require(b.size() == product(product(rows, rank), 4), "b: wrong size");
   require(a.size() == product(product(rank, columns), 4), "a: wrong size");
+  if (!matrix.size()) return;
   const Release release;
   kernels().add_low_rank(matrix.data(), b.data(), a.data(), rows, columns, rank);
 }
@@ -266,6 +274,7 @@ void pack_tiles(const Bytes& codes, size_t rows, size_t columns, int bits, size_
   const size_t tiles = groups_of(rows, compress::cpu::kTileRows);
   require(out.size() == product(tiles, product(wide, 2 * static_cast<size_t>(bits))),
           "out: wrong size");
+  if (!out.size()) return;
   const Release release;
   kernels().pack_tiles(codes.data(), rows, columns, bits, group_size, out.data());
 }

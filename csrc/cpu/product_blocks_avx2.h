@@ -153,7 +153,7 @@ COMPRESS_INLINE void block_sums(const uint8_t* codes, const int8_t* x, size_t st
                                 size_t columns, I* sums) {
   if (Words) return block_sums_words<Bits, Planes>(codes, x, stride, columns, sums);
   constexpr size_t fields = 8 / Bits, step = 4 * fields;
-  const __m256i low = _mm256_set1_epi8((1 << Bits) - 1), ones = _mm256_set1_epi16(1);
+  const __m256i low = _mm256_set1_epi8((char)((1 << Bits) - 1)), ones = _mm256_set1_epi16(1);
   for (int p = 0; p < Planes; ++p) sums[p] = i_set(0);
   if (Planes > 2) stay_in_memory(sums);
   for (size_t k = 0; k < columns;) {
