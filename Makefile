@@ -7,8 +7,7 @@ CXX_SOURCES := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp csrc/cuda/*.cu csrc/c
   tests/cross/*.h tests/cross/*.cpp tests/cross/*/*.h tests/fuzz_kernels/*.h tests/fuzz_kernels/*.cpp)
 
 .PHONY: help setup demo test test-fast lint format asan tsan cross fuzz fuzz-kernels bench bench-quality bench-onnx \
-  large soak \
-  cuda cuda-check clean
+  large soak matrix installs audit cuda cuda-check clean
 
 help:
 	@echo "make demo    compress a real sentence encoder, verify it, compare embeddings"
@@ -24,6 +23,9 @@ help:
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
 	@echo "make soak    1000 kills, 14,000 damaged outputs"
 	@echo "make fuzz    ten minutes of coverage-guided fuzzing of the readers (FUZZ_SECONDS=600)"
+	@echo "make matrix  the tests on Python 3.10 to 3.13, newest and oldest dependencies (20 GB of disk)"
+	@echo "make installs  sdist and wheel in empty environments, with and without a compiler (10 GB)"
+	@echo "make audit   pip-audit over what is installed (needs the index's list of advisories)"
 	@echo "make cuda    the CUDA kernels, into compress/kernels (needs nvcc)"
 	@echo "make cuda-check  those, tested and timed on a device"
 
@@ -120,6 +122,22 @@ fuzz: .venv/installed
 	$(BIN)/python -c "import atheris" 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python bench/fuzz.py --target $(FUZZ_TARGET) --seconds $(FUZZ_SECONDS)
+
+# PYTHONS: interpreters that are not on PATH, e.g. PYTHONS='--python 3.10=/opt/python3.10/bin/python3'.
+matrix:
+	$(PYTHON) bench/matrix.py $(PYTHONS)
+
+installs: .venv/installed
+	$(BIN)/python bench/installs.py
+
+# A local version (+cpu) has the advisories of the release. --strict: what cannot be looked up fails.
+AUDIT := build/audit
+audit: .venv/installed
+	test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && \
+	  $(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' > $(AUDIT)/installed.txt
+	$(AUDIT)/bin/pip-audit -r $(AUDIT)/installed.txt --no-deps --disable-pip --strict \
+	  --progress-spinner off
 
 cuda: .venv/installed
 	@if command -v nvcc >/dev/null; then \
