@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from compress import interrupts
+from compress import interrupts, streams
 
 
 def main() -> None:
     """Answer signals before the libraries of the command line are imported; then be it."""
+    streams.open_closed()
     interrupts.catch()
     try:
         from compress import cli
@@ -19,7 +20,7 @@ def main() -> None:
         if number is None:
             raise
         interrupts.ignore()
-        print("error: interrupted", file=sys.stderr)
+        streams.complain("error: interrupted")
         sys.exit(128 + number)
 
 

@@ -45,6 +45,7 @@ from compress.options import (
     StatsFile,
 )  # fmt: skip
 from compress.run_command import job_of, options_of, plan_job, run_job, run_one
+from compress.streams import complain
 from compress.terminal import (
     console,
     emit,
@@ -423,9 +424,7 @@ def _fail(error: CompressError) -> None:
     if number is not None:  # whatever the interrupted code made of it
         interrupts.ignore()
         error = Interrupted(number)
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+    complain(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []))
     sys.exit(error.exit_code)
 
 

@@ -36,9 +36,13 @@ def leave_threads_to_torch() -> None:
 def emit(
     body: Any, json: bool, show_it: Callable[[], None], raw: Callable[[], bytes] | None = None
 ) -> None:
-    """JSON or words, on standard output; a reader that has gone away is no error."""
+    """JSON or words, on standard output; a reader that has gone away is no error.
+
+    Raises ResourceError where it cannot be written: what the command was for is done by then.
+    """
     import json as codec
 
+    from compress.errors import ResourceError, from_os_error
     from compress.report import without_nan
 
     try:
@@ -51,6 +55,11 @@ def emit(
         sys.stdout.flush()
     except BrokenPipeError:
         _stop_writing()
+    except OSError as error:
+        _stop_writing()
+        failed = from_os_error(error, doing="cannot write to standard output")
+        hint = "the command itself is done; send its output elsewhere"
+        raise ResourceError(failed.message, hint=hint) from error
 
 
 def write_json(body: Any, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from toolbox import tiny_llama, tool, tool_json, tool_process
 from compress import kernels
 from compress.passes import pass_classes
 from compress.passes.base import option_fields
+
+TOOL = shlex.join([sys.executable, "-m", "compress"])
 
 
 def test_help_lists_every_command_and_is_quick() -> None:
@@ -103,6 +106,35 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_change_nothing(tmp_path: Path, closed: str) -> None:
+    """No file of the output takes the number of a stream, no print is an error."""
+    model, out = tiny_llama(tmp_path / "model"), tmp_path / "out"
+    words = shlex.join(["run", str(model), "-o", str(out), "quantize:bits=4,group=32"])
+    done = shell(f"{TOOL} {words} {closed}")
+    assert done.returncode == 0, done.stderr
+    assert tool("verify", out).returncode == 0
+    assert shell(f"{TOOL} inspect {tmp_path}/none {closed}").returncode == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_stream_that_takes_nothing_is_named(tmp_path: Path) -> None:
+    model, out = tiny_llama(tmp_path / "model"), tmp_path / "out"
+    words = shlex.join(["run", str(model), "-o", str(out), "quantize:bits=4,group=32"])
+    done = shell(f"{TOOL} {words} > /dev/full")
+    assert done.returncode == 6
+    assert done.stderr.splitlines() == [
+        "error: cannot write to standard output: No space left on device",
+        "hint: the command itself is done; send its output elsewhere",
+    ]
+    assert tool("verify", out).returncode == 0
+    assert shell(f"{TOOL} inspect {tmp_path}/none 2> /dev/full").returncode == 2
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
 
 
 def test_streamed_text_ends_with_its_reader() -> None:
