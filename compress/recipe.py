@@ -240,7 +240,7 @@ def parse_yaml(raw: bytes, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         at = f" (line {mark.line + 1})" if mark is not None else ""
         raise InputError(f"{where}: {show(line)}{at}") from error
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: not a value this tool reads") from error
     _refuse_vast(value, where)
     return value

@@ -103,6 +103,7 @@ def test_a_wrong_recipe_is_a_usage_error(tmp_path: Path, text: str, what: str) -
         "a: &x [1]\npasses: *x",
         "passes: !!python/object/apply:os.mkdir ['x']",
         "passes: [quantize",
+        "? - {a: b}\n",
     ],
 )
 def test_odd_yaml_is_an_input_error(tmp_path: Path, text: str) -> None:
