@@ -75,7 +75,7 @@ def make_model(work: Path, size: str) -> Path:
     model = work / size
     if (model / "config.json").exists():
         return model
-    needed = 18e9 if size == "8b" else 4.5e9
+    needed = {"8b": 18e9, "160m": 0.5e9}.get(size, 4.5e9)
     work.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(work).free < 1.7 * needed:
         sys.exit(f"{work}: {1.7 * needed / 1e9:.0f} GB of free disk needed")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+TOOL = [sys.executable, "-m", "compress"]
 RECIPES = (
     ["quantize:bits=4,group=128,search=none,on_indivisible=channel"],
     ["quantize:bits=4,group=64,on_indivisible=channel"],
@@ -45,24 +46,30 @@ def main() -> int:
 
 def measure(model: Path, words: list[str]) -> tuple[int, int]:
     """(planned, measured) bytes of one run."""
-    tool = [sys.executable, "-m", "compress"]
     plan = subprocess.run(
-        [*tool, "plan", str(model), *words, "--jobs", "2", "--json"],
+        [*TOOL, "plan", str(model), *words, "--jobs", "2", "--json"],
         check=True,
         capture_output=True,
     )
     folder = Path(tempfile.mkdtemp(prefix="compress-memory-"))
     try:
-        command = [*tool, "run", str(model), "-o", str(folder / "out"), *words]
-        process = subprocess.Popen(
-            [*command, "--jobs", "2", "--no-fsync"], stdout=subprocess.DEVNULL
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            sys.exit(f"{' '.join(command)} failed")
+        command = ["run", str(model), "-o", str(folder / "out"), *words]
+        peak, code, errors = peak_of([*command, "--jobs", "2", "--no-fsync"])
+        if code:
+            sys.exit(f"{' '.join(command)} failed: {errors}")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return json.loads(plan.stdout)["peak_memory"], usage.ru_maxrss * 1024
+    return json.loads(plan.stdout)["peak_memory"], peak
+
+
+def peak_of(words: list[str]) -> tuple[int, int, str]:
+    """Largest resident bytes of `compress WORDS` in a process of its own, its code, its errors."""
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen([*TOOL, *words], stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        errors.seek(0)
+        said = errors.read().decode(errors="replace")
+    return usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status), said
 
 
 if __name__ == "__main__":

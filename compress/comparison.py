@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +16,9 @@ from rich.text import Text
 from compress import kernels
 from compress.errors import show
 from compress.output import open_any
-from compress.tensor import TensorInfo
+from compress.tensor import DTYPES, Array, TensorInfo
+
+_BLOCK = 8 << 20  # bytes of a tensor that are compared at a time
 
 
 def diff_models(a: Path, b: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -89,26 +93,46 @@ def _row(first: Any, info: TensorInfo, second: Any, other: TensorInfo) -> dict[s
     if info.shape != other.shape:
         row["why"] = f"shape {list(info.shape)} and {list(other.shape)}"
         return row
-    x, y = first.read(info), second.read(other)
-    if info.dtype == other.dtype:
-        row["equal"] = bool(
-            np.array_equal(x.reshape(-1).view(np.uint8), y.reshape(-1).view(np.uint8))
-        )
-    if not (info.is_float and other.is_float):
-        row["why"] = None if row["equal"] else f"dtype {info.dtype} and {other.dtype}"
+    floats = info.is_float and other.is_float
+    equal, difference, sums = info.dtype == other.dtype, 0.0, np.zeros(2)
+    for start, stop in _blocks(info):
+        x, y = first.read(info, start, stop), second.read(other, start, stop)
+        if info.dtype == other.dtype:
+            one, two = (v.reshape(-1).view(np.uint8) for v in (x, y))
+            equal = equal and bool(np.array_equal(one, two))
+        if floats:
+            difference = max(difference, _add_error(x, y, sums))
+    row["equal"] = equal
+    if not floats:
+        row["why"] = None if equal else f"dtype {info.dtype} and {other.dtype}"
         return row
-    wide: Any = np.float64 if "F64" in (info.dtype, other.dtype) else np.float32
-    wide_x = np.ascontiguousarray(x, wide).reshape(-1)
-    wide_y = np.ascontiguousarray(y, wide).reshape(-1)
-    sums = np.zeros(2)
-    if wide is np.float32:
-        kernels.error_sums(wide_x, wide_y, sums)
-    else:
-        sums[:] = np.square(wide_x - wide_y).sum(), np.square(wide_x).sum()
     error, norm = float(sums[0]), float(sums[1])
     row["squared_error"], row["squared_norm"] = error, norm
     row["relative_error"] = math.sqrt(error / norm) if norm else (0.0 if error == 0 else math.inf)
-    row["max_difference"] = float(np.abs(wide_x - wide_y).max()) if wide_x.size else 0.0
+    row["max_difference"] = difference
     if info.dtype != other.dtype:
         row["why"] = f"{info.dtype} and {other.dtype}"
     return row
+
+
+def _blocks(info: TensorInfo) -> Iterator[tuple[int, int | None]]:
+    """Ranges of rows of some megabytes; the whole of what has no rows."""
+    if not info.shape or info.dtype not in DTYPES:
+        yield 0, None
+        return
+    rows = info.shape[0]
+    step = max(1, rows * _BLOCK // max(1, info.nbytes))
+    for start in range(0, max(1, rows), step):
+        yield start, min(rows, start + step)
+
+
+def _add_error(x: Array, y: Array, sums: NDArray[np.float64]) -> float:
+    """Add (squared error, squared norm of x) to `sums`; returns the largest difference."""
+    wide: Any = np.float64 if np.float64 in (x.dtype, y.dtype) else np.float32
+    wide_x = np.ascontiguousarray(x, wide).reshape(-1)
+    wide_y = np.ascontiguousarray(y, wide).reshape(-1)
+    if wide is np.float32:
+        kernels.error_sums(wide_x, wide_y, sums)
+    else:
+        sums += np.square(wide_x - wide_y).sum(), np.square(wide_x).sum()
+    return float(np.abs(wide_x - wide_y).max()) if wide_x.size else 0.0

@@ -14,7 +14,7 @@ from compress.checkpoint import Checkpoint
 from compress.output import CompressedCheckpoint, open_any
 from compress.tensor import TensorInfo
 
-_BLOCK = 64 << 20
+_BLOCK = 8 << 20
 
 
 def of_output(out: Path) -> dict[str, str]:

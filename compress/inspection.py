@@ -16,7 +16,7 @@ from compress.output import open_any
 from compress.report import human
 from compress.tensor import Array, TensorInfo
 
-_SLICE_BYTES = 64 << 20
+_SLICE_BYTES = 8 << 20
 _SPECTRUM_RANKS = (16, 64)
 _MAX_SPECTRUM_SIDE = 8192
 

@@ -29,6 +29,7 @@ from compress.formats import metadata
 from compress.formats.arrays import cast_like, plain
 from compress.formats.base import MODEL, ArraySpec, Entry, Format
 from compress.roles import assign_roles
+from compress.row_decoding import decode_rows, has_rows
 from compress.tensor import DTYPES, Array, Role, Tensor, TensorInfo
 
 # What may be the weights of an output, in order of preference.
@@ -76,6 +77,8 @@ class CompressedCheckpoint(Checkpoint):
             raise UsageError(
                 f"tensor '{show(known.name)}': range {start}:{stop} is outside 0:{rows}"
             )
+        if has_rows(self.format, self.entries[known.name]):
+            return decode_rows(self.format, self.entries[known.name], self._parts, start, stop)
         return np.array(self._decoded(known)[start:stop])
 
     def read_bytes(self, info: TensorInfo, start: int, stop: int) -> memoryview:
@@ -89,8 +92,14 @@ class CompressedCheckpoint(Checkpoint):
             )
         if known.name in self.rounded:
             return self._rounded_bytes(known, start, stop)
-        flat = self._decoded(known).reshape(-1).view(np.uint8)
-        return np.array(flat[start:stop]).data
+        entry = self.entries[known.name]
+        if start == stop or not has_rows(self.format, entry):
+            flat = self._decoded(known).reshape(-1).view(np.uint8)
+            return np.array(flat[start:stop]).data
+        width = known.nbytes // known.shape[0]
+        first, last = start // width, -(-stop // width)
+        rows = decode_rows(self.format, entry, self._parts, first, last)
+        return rows.reshape(-1).view(np.uint8)[start - first * width : stop - first * width].data
 
     def read_into(self, info: TensorInfo, start: int, buffer: memoryview) -> None:
         """Fill a contiguous, writable buffer from byte `start` of the tensor's decoded data."""
@@ -158,8 +167,11 @@ class CompressedCheckpoint(Checkpoint):
         """The whole tensor in the source's dtype; the last one is kept for readers of slices."""
         with self._lock:
             last = self._last
+            if last is not None and last[0] != info.name:
+                self._last = None  # or it would lie beside the next while that is decoded
         if last is not None and last[0] == info.name:
             return last[1]
+        del last
         values = np.ascontiguousarray(info.from_matrix(plain(self.tensor(info.name))))
         with self._lock:
             self._last = (info.name, values)

@@ -19,7 +19,7 @@ from compress.output import is_compressed, open_any, open_output
 from compress.run import Progress, silent
 from compress.tensor import TensorInfo
 
-_BLOCK = 64 << 20
+_BLOCK = 8 << 20
 
 
 def unpack_output(

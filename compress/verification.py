@@ -17,7 +17,7 @@ from compress.tensor import TensorInfo
 
 _REPORT = "report.json"
 _MAX_REPORT = 1 << 30
-_BLOCK = 64 << 20
+_BLOCK = 8 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
