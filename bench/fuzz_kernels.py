@@ -2,8 +2,8 @@
 
     python bench/fuzz_kernels.py [--runs 10000000] [--slice 500000] [--minutes 30] [--targets codes]
 
-Runs every target of tests/fuzz_kernels until it has been run so often with the present sources;
-stops after so many minutes and goes on the next time. What was done stands in
+Runs the targets of tests/fuzz_kernels in turn, until each has been run so often with the present
+sources; stops after so many minutes and goes on the next time. What was done stands in
 bench/fuzz_kernels.json after each slice. An input that fails is kept in tests/fuzz_kernels/finds,
 where a test replays it; its target is left alone until the input no longer fails. Exit 1 if one
 does.
@@ -37,6 +37,7 @@ from build_fuzzer import TARGETS, fuzzer  # noqa: E402
 COMPILERS = ("clang++", "clang++-19", "clang++-17", "clang++-16", "clang++-15", "clang++-14")
 MOST_BYTES = 300  # of an input
 SEEDS = 64
+SLICE_SECONDS = 120  # so that slow targets and fast ones take turns
 # A small quarantine and no stacks of allocations: twice as fast. A replay shows the stacks.
 ASAN_OPTIONS = "quarantine_size_mb=4:malloc_context_size=0:allocator_release_to_os_interval_ms=-1"
 LIMITS = ("-timeout=20", "-rss_limit_mb=2048", "-malloc_limit_mb=512")
@@ -65,28 +66,31 @@ def main() -> int:
         return 1
     program = fuzzer(compiler, BUILD / "fuzz", avx2=has_avx2())
     deadline = time.monotonic() + 60 * given.minutes
-    failed = [name for name in given.targets if not fuzz(program, name, given, deadline)]
+    left, failed = list(given.targets), False
+    while left:
+        for target in list(left):
+            done = fuzz(program, target, given, deadline)
+            failed |= done is not None and done.failed
+            if done is None or done.failed:
+                left.remove(target)
     table(json.loads(STATE.read_text()))
     return 1 if failed else 0
 
 
-def fuzz(program: Path, target: str, given: argparse.Namespace, deadline: float) -> bool:
-    """Slices of one target until it has its runs or time is up. False: an input fails."""
+def fuzz(program: Path, target: str, given: argparse.Namespace, deadline: float) -> Slice | None:
+    """A slice of one target; None where it has its runs or time is up."""
     corpus, finds = BUILD / "corpus" / target, FOLDER / "finds" / target
     finds.mkdir(parents=True, exist_ok=True)
     seed(corpus, target)
-    while True:
-        state = entry(target)
-        left = min(given.runs - state["runs"], given.slice)
-        seconds = deadline - time.monotonic()
-        if left <= 0 or seconds < 1:
-            return True
-        number = state["slices"] + 1
-        done = one_slice(program, target, [corpus, finds], left, seconds, number)
-        record(target, done, finds)
-        print(f"{target}: {done.runs} runs in {done.seconds:.0f} s", flush=True)
-        if done.failed:
-            return False
+    state = entry(target)
+    left = min(given.runs - state["runs"], given.slice)
+    seconds = min(deadline - time.monotonic(), SLICE_SECONDS)
+    if left <= 0 or seconds < 1:
+        return None
+    done = one_slice(program, target, [corpus, finds], left, seconds, state["slices"] + 1)
+    record(target, done, finds)
+    print(f"{target}: {done.runs} runs in {done.seconds:.0f} s", flush=True)
+    return done
 
 
 def one_slice(

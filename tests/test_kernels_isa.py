@@ -372,3 +372,21 @@ def test_threads_do_not_disturb_each_other() -> None:
     dispatch._set_isa(ISAS[-1])
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(run, tiles)) == [run(w) for w in tiles]
+
+
+def test_a_negative_zero_keeps_its_sign() -> None:
+    """Scales and factors of -0: what they multiply is a zero of the other sign."""
+    codes = np.arange(40, dtype=np.uint8).reshape(1, 40)
+    scale, ones = np.full((1, 1), -0.0, np.float32), np.ones((1, 40), np.float32)
+
+    def call(guarded: Guarded) -> list[int]:
+        decoded = guarded.array((1, 40), np.float32)
+        kernels.dequantize(codes, scale, None, 4, 40, decoded)
+        matrix = guarded.array((1, 40), np.float32)
+        matrix[...] = -0.0
+        kernels.add_low_rank(matrix, scale, ones)
+        return [int(np.signbit(decoded).sum()), int(np.signbit(matrix).sum())]
+
+    dispatch._set_isa("reference")
+    assert call(Guarded()) == [32, 40]
+    same_everywhere(call)

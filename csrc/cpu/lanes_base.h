@@ -29,7 +29,7 @@ constexpr int kTogether = 1;  // candidates ranked in one sweep: bounded by the 
   return r
 
 COMPRESS_INLINE F set1(float x) {
-  COMPRESS_EACH(F, F4{} + x);
+  COMPRESS_EACH(F, (F4{x, x, x, x}));  // F4{} + x would lose the sign of a zero
 }
 COMPRESS_INLINE U set1u(uint32_t x) {
   COMPRESS_EACH(U, U4{} + x);

@@ -108,7 +108,7 @@ COMPRESS_INLINE V sparse_step(const uint8_t* p, uint64_t word, size_t k, size_t*
     return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
   }
   if (K == kFloat16) {
-    const uint8_t* order = kShuffle.scatter2[0] + offset / 2;
+    const uint8_t* order = (const uint8_t*)kShuffle.scatter2 + offset / 2;
     const __m128i values = _mm_loadu_si128((const __m128i*)p);
     return _mm256_cvtph_ps(_mm_shuffle_epi8(values, _mm_load_si128((const __m128i*)order)));
   }

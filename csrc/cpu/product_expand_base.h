@@ -19,7 +19,7 @@ constexpr int kDenseRows = 2;    // dense rows read side by side
 constexpr int kBatchAtOnce = 1;  // rows of the batch whose sums fit into registers
 
 COMPRESS_INLINE V v_set1(float x) {
-  return {{F4{} + x, F4{} + x}};
+  return {{F4{x, x, x, x}, F4{x, x, x, x}}};
 }
 COMPRESS_INLINE V v_zero() {
   return v_set1(0);

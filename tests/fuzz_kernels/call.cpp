@@ -209,7 +209,14 @@ void Call::compare(const Value& result) const {
     if (o.compare == kIgnore) continue;
     // What nobody wrote differs, too: the memory was filled with another pattern.
     if (!equal(o.first, o.last, o.compare)) {
-      fprintf(stderr, "fuzz_kernels: %s: argument %zu\n", name_, o.argument);
+      size_t at = 0;
+      while (o.first[at] == o.last[at]) ++at;
+      fprintf(stderr, "fuzz_kernels: %s: argument %zu of %zu bytes, byte %zu: %02x and %02x\n",
+              name_, o.argument, o.bytes, at, o.first[at], o.last[at]);
+      for (const Value& v : arguments_) {
+        fprintf(stderr, v.tag == 'a' ? " [%lld]" : " %lld",
+                (long long)(v.tag == 'a' ? (int64_t)v.shape[0] : v.integer));
+      }
       fail("instruction sets write different bytes, or leave some unwritten");
     }
   }

@@ -128,20 +128,28 @@ std::vector<uint8_t> groups_of_columns(Call& call, Input& in, size_t n, size_t g
   return bytes;
 }
 
-void add_optional(Call& call, Input& in, size_t count) {
-  if (!in.one_in(2)) return call.none();
+// Bytes, or nothing; returns the largest.
+uint8_t add_optional(Call& call, Input& in, size_t count) {
+  uint8_t largest = 0;
+  if (!in.one_in(2)) {
+    call.none();
+    return largest;
+  }
   std::vector<uint8_t> bytes(count);
   in.bytes(bytes.data(), count, in.fill_kind());
+  for (const uint8_t byte : bytes) largest = byte > largest ? byte : largest;
   call.in(bytes);
+  return largest;
 }
 
-// The binding asks for no normal scale and for no weight that is finite, so any are tried; where
-// everything that comes out is finite, the instruction sets agree.
+// Scales, weights and zero points of any bits are tried. Where they are what callers promise
+// (normal, finite, no larger than a code) and errors stay finite, the instruction sets agree.
 void sweep(Input& in) {
   Call call("obs_block", in);
-  const size_t rows = in.rows(), columns = in.columns();
+  const size_t columns = in.columns(), most = in.one_in(4) ? 60 : 12;
+  const size_t rows = most == 12 ? in.rows() : 1 + in.below(2);
   const size_t first = columns ? in.below(columns < 200 ? columns : 200) : 0;
-  const size_t left = columns - first, n = left ? in.below(left < 60 ? left : 60) + 1 : 0;
+  const size_t left = columns - first, n = left ? in.below(left < most ? left : most) + 1 : 0;
   const size_t groups = 1 + in.below(4);
   const size_t w = call.in_out(weights(in, rows * columns, 0).bytes, kIgnore, 'f', 4);
   for (const size_t x : {rows, columns, first, n}) call.integer(x);
@@ -150,12 +158,14 @@ void sweep(Input& in) {
   in.one_in(2) ? call.in(weights(in, rows * n, 0).bytes) : call.none();
   const Weights scale = weights(in, rows * groups, 0);
   call.in(scale.bytes);
-  add_optional(call, in, rows * groups);
+  const int largest_zero = add_optional(call, in, rows * groups);
   call.integer(groups);
   call.in(groups_of_columns(call, in, n, groups), 'i', 8);
-  call.integer(2 + in.below(7));
+  const size_t bits = 2 + in.below(7);
+  call.integer(bits);
   const size_t codes = call.in_out(std::vector<uint8_t>(rows * columns), kIgnore, 'u', 1);
   if (!call.run() || !all_finite(call.result(w), 0)) return;
+  if (call.distorted() || largest_zero >= 1 << bits) return;
   for (size_t i = 0; i < scale.n; ++i) {
     if (!isnormal((float)number(scale.bytes, i, 0))) return;
   }
@@ -166,12 +176,7 @@ void sweep(Input& in) {
 }  // namespace
 
 void matrices(Input& in) {
-  switch (in.below(64)) {
-    case 63:
-      return histogram(in);
-    default:
-      break;
-  }
+  if (in.byte() == 255) return histogram(in);  // half a megabyte of counts
   switch (in.below(8)) {
     case 0:
       return threshold(in);

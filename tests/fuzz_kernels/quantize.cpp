@@ -20,14 +20,15 @@ Case draw(Input& in) {
   Case c;
   c.rows = in.rows();
   c.columns = in.columns();
-  if (c.rows > 5 && c.columns > 40) c.rows = 2;
+  if (c.rows > 2 && c.columns > 40) c.rows = 2;
   c.group_size = 1 + (in.one_in(4) ? 16 * in.below(16) : in.below(140));
   c.groups = (c.columns + c.group_size - 1) / c.group_size;
   c.kind = (int)in.below(3);
   c.bits = 2 + (int)in.below(7);
   c.scale_kind = (int)in.below(3);
   const uint8_t flags = in.byte();
-  c.masked = flags & 1, c.symmetric = flags & 2, c.search = flags & 4, c.packed = flags & 8;
+  c.masked = flags & 1, c.symmetric = flags & 2, c.packed = flags & 8;
+  c.search = flags % 8 / 4 && in.one_in(2);  // costs as much as ten others
   c.width = c.packed ? (c.columns * (size_t)c.bits + 7) / 8 + in.below(4) : 0;
   floats_of_kind(in, c.weights, c.rows * c.columns, c.kind, in.fill_kind());
   c.mask.resize(c.rows * c.columns);
