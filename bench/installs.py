@@ -6,7 +6,8 @@ Builds both, looks at what they hold, and installs each twice in an environment 
 is, and with no compiler to be found. There `compress --version`, `compress run` on a small
 generated model and `compress verify` must work, and every installation must write the same bytes:
 with a compiler by the C++ kernels, from an sdist without one by the numpy reference. pip brings the
-dependencies each time (up to 6 GB an environment, which is removed after its turn).
+dependencies of constraints.txt each time (1 GB an environment with torch's CPU build, 6 GB with the
+CUDA build; it is removed after its turn).
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def install(python: str, artifact: Path, compiler: bool, work: Path, model: Path
     settings = dict(os.environ) if compiler else without_compiler(home)
     settings.pop("PYTHONPATH", None)
     started = time.perf_counter()
-    pip(own, str(artifact), settings=settings)
+    pip(own, "-c", str(ROOT / "constraints.txt"), str(artifact), settings=settings)
     seconds = round(time.perf_counter() - started)
 
     def call(*words: object) -> str:

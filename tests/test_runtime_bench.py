@@ -74,15 +74,19 @@ def test_every_token_that_was_asked_for_is_decoded(monkeypatch: pytest.MonkeyPat
         def modules(self) -> list[object]:
             return []
 
-        def __call__(self, ids: torch.Tensor, **_: object) -> types.SimpleNamespace:
+        def forward(
+            self, ids: torch.Tensor, cache: object = None, use_cache: bool = False
+        ) -> types.SimpleNamespace:
             self.calls += ids.shape[1] == 1
-            logits = torch.zeros(1, 1, 4)
-            return types.SimpleNamespace(logits=logits, past_key_values=None)
+            return types.SimpleNamespace(logits=torch.zeros(1, 1, 4), cache="kept")
+
+        __call__ = forward
 
     model = Model()
     candidate = bench.Candidate("dense", model)
     bench._measure([candidate], torch.zeros(1, 3, dtype=torch.int64), 64)
     assert len(candidate.steps) == 64 == model.calls - bench.WARM_UP
+    assert candidate.cache == "kept"  # as transformers 5.24 calls it
 
 
 def test_products_that_share_copies_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

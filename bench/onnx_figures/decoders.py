@@ -80,11 +80,14 @@ def by_torch(model: Any, ids: list[int]) -> list[int]:
     """Greedy tokens of transformers' model, with its cache."""
     import torch
 
+    from compress.runtime import cache_names
+
     found, past, given = [], None, torch.tensor([ids])
     with torch.no_grad():
         for _ in range(TOKENS):
-            output = model(given, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+            argument = cache_names.argument_of(model) or cache_names.NAMES[0]
+            output = model(given, **{argument: past}, use_cache=True)
+            past = cache_names.of_output(output)
             found.append(int(output.logits[0, -1].argmax()))
             given = torch.tensor([found[-1:]])
     return found

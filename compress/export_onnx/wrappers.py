@@ -15,8 +15,9 @@ from torch import nn
 
 from compress.export_onnx.named_weights import NamedWeights
 from compress.export_onnx.tasks import BATCH, DECODER, PAST, Input
+from compress.runtime import cache_names
 
-_NOT_OUTPUTS = frozenset({"past_key_values", "loss", "hidden_states", "attentions"})
+_NOT_OUTPUTS = frozenset({*cache_names.NAMES, "loss", "hidden_states", "attentions"})
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ class Flat(nn.Module):
         count = len(self.inputs)
         named: dict[str, Any] = dict(zip(self.inputs, tensors[:count], strict=True))
         if self.cache:
-            named |= {"past_key_values": _cache_of(tensors[count:]), "use_cache": True}
+            argument = cache_names.argument_of(self.model)
+            named |= {str(argument): _cache_of(tensors[count:]), "use_cache": True}
         elif getattr(self.model.config, "use_cache", None) is not None:
             named["use_cache"] = False
         with self.weights.in_place():
             output = self.model(**named, return_dict=True)
         found = self._tensors(output)
         if self.cache:
-            for index, layer in enumerate(output.past_key_values.layers):
+            for index, layer in enumerate(cache_names.of_output(output).layers):
                 found |= {
                     f"present.{index}.key": layer.keys,
                     f"present.{index}.value": layer.values,
@@ -106,19 +108,18 @@ def cache_layers(model: Any, weights: NamedWeights, inputs: Sequence[Input]) -> 
 
     A model whose cache is no plain list of keys and values (state-space layers) has none here.
     """
-    import inspect
-
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import DynamicCache
 
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    argument = cache_names.argument_of(model)
+    if argument is None:
         return []
     cache = DynamicCache()
     length = 3
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), weights.in_place():
         named = {one.name: torch.ones(2, length, dtype=one.dtype) for one in inputs}
-        output = model(**named, past_key_values=cache, use_cache=True, return_dict=True)
-    if getattr(output, "past_key_values", None) is not cache:
+        output = model(**named, **{argument: cache}, use_cache=True, return_dict=True)
+    if cache_names.of_output(output) is not cache:
         return []
     found = []
     for layer in cache.layers:

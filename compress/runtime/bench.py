@@ -13,6 +13,7 @@ import torch
 from compress.errors import InputError, UsageError, show
 from compress.kernels import dispatch
 from compress.run import peak_memory
+from compress.runtime import cache_names
 from compress.runtime.architecture import require_transformers
 from compress.runtime.generate import quiet
 from compress.runtime.layer_bench import BREAK_EVEN_NOTE, cache_note, time_layers
@@ -137,7 +138,7 @@ def _measure(candidates: list[Candidate], prompt: torch.Tensor, tokens: int) -> 
             if not candidate.model.can_generate():
                 continue
             if not round_:  # the first prompt fills the cache
-                candidate.cache, candidate.token = result.past_key_values, prompt[:, -1:]
+                candidate.cache, candidate.token = cache_names.of_output(result), prompt[:, -1:]
                 _decode(candidate, WARM_UP)
                 candidate.steps.clear()
             _decode(candidate, tokens * (round_ + 1) // ROUNDS - tokens * round_ // ROUNDS)
@@ -151,11 +152,12 @@ def _use(candidate: Candidate) -> None:
 
 
 def _decode(candidate: Candidate, tokens: int) -> None:
+    argument = cache_names.argument_of(candidate.model) or cache_names.NAMES[0]
     for _ in range(tokens):
         started = time.perf_counter()
-        result = candidate.model(candidate.token, past_key_values=candidate.cache, use_cache=True)
+        result = candidate.model(candidate.token, **{argument: candidate.cache}, use_cache=True)
         candidate.token = result.logits[:, -1:].argmax(-1)
-        candidate.cache = result.past_key_values
+        candidate.cache = cache_names.of_output(result)
         candidate.steps.append(time.perf_counter() - started)
 
 
