@@ -549,13 +549,15 @@ WHOLE = _changed(lambda model: None)
         (_changed(lambda m: m.opset_import.add(domain="ai.onnx", version=3)), "two versions"),
         (_changed(lambda m: m.graph.node.add(op_type="A", domain="evil")), "domain 'evil'"),
         (_changed(lambda m: m.graph.node.add(domain="")), "has no operator"),
+        (_changed(lambda m: m.graph.node.add(op_type="Relu", input=["x"])), "has no output"),
         (_changed(lambda m: m.graph.node.add(op_type="A", domain="com.microsoft")),
          "in no opset_import"),
         (_changed(lambda m: m.graph.node.append(node("Relu", "x"))), "another node's output"),
         (_changed(lambda m: m.graph.initializer.append(raw("w", W))), "two initializers"),
         (_changed(lambda m: m.functions.add(name="MatMul", domain="")), "ONNX itself"),
         (_changed(lambda m: m.graph.node.add(
-            op_type="If", attribute=[helper.make_attribute("then_branch", _nested(25))])),
+            op_type="If", output=["z"],
+            attribute=[helper.make_attribute("then_branch", _nested(25))])),
          "levels deep"),
     ],
 )  # fmt: skip

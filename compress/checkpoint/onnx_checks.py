@@ -154,6 +154,8 @@ def _check_nodes(
             raise _refused(
                 f"{where}: {called}: operator domain '{show(domain)}' is in no opset_import"
             )
+        if not node.output:
+            raise _refused(f"{where}: {called} has no output")
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 check_inline(attribute.t, where)
