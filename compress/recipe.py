@@ -176,13 +176,15 @@ def parse_pass(word: str) -> Pass:
 
 def parse_value(text: str, where: str) -> Any:
     """A value as typed: YAML, or a glob. Raises UsageError: it is a flag, not a file."""
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+        raise UsageError(f"{where}: not UTF-8: {show(text)}") from None
     # `*query*` is a glob to everyone but YAML, which would read an alias.
     if text.lstrip().startswith("*"):
         return text.strip()
     try:
-        return parse_yaml(text.encode(), where)
-    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
-        raise UsageError(f"{where}: not UTF-8: {show(text)}") from None
+        return parse_yaml(raw, where)
     except InputError as error:
         hint = 'quote globs inside a list: targets=["*query", "*key"]'
         raise UsageError(error.message, hint=hint) from error
@@ -242,21 +244,25 @@ def parse_yaml(raw: bytes, where: str) -> Any:
         raise InputError(f"{where}: {show(line)}{at}") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: not a value this tool reads") from error
-    _refuse_vast(value, where)
+    _require_plain(value, where)
     return value
 
 
-def _refuse_vast(value: Any, where: str) -> None:
-    """Refuse integers of more than 64 bits: no option means one, and not every reader takes it."""
+def _require_plain(value: Any, where: str) -> None:
+    """Refuse what JSON does not have: dates, lists as keys; and integers of more than 64 bits."""
     todo = [value]
     while todo:
         item = todo.pop()
         if isinstance(item, Mapping):
+            if any(isinstance(key, tuple) for key in item):
+                raise InputError(f"{where}: a list as a key")
             todo += [*item, *item.values()]
-        elif isinstance(item, list | tuple | set):
+        elif isinstance(item, list):
             todo += item
         elif isinstance(item, int) and abs(item) > MAX_INTEGER:
             raise InputError(f"{where}: an integer of more than 64 bits")
+        elif item is not None and not isinstance(item, str | int | float):
+            raise InputError(f"{where}: {show(str(item))} is a {type(item).__name__}, not a value")
 
 
 def _refuse_odd_yaml(events: Iterable[Any], where: str) -> None:

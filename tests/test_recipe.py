@@ -104,6 +104,8 @@ def test_a_wrong_recipe_is_a_usage_error(tmp_path: Path, text: str, what: str) -
         "passes: !!python/object/apply:os.mkdir ['x']",
         "passes: [quantize",
         "? - {a: b}\n",
+        "passes: [{quantize: {overrides: {[1]: 2}}}]",
+        "passes: [quantize]\nseed: 2026-11-24",
     ],
 )
 def test_odd_yaml_is_an_input_error(tmp_path: Path, text: str) -> None:
@@ -139,6 +141,8 @@ def test_errors_quote_long_values_shortened(tmp_path: Path, key: str) -> None:
 def test_words_that_are_no_utf_8_are_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r"bits: not UTF-8: \\udcff"):
         parse_pass("quantize:bits=\udcff")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        parse_pass("quantize:targets=*\udcff*")
     with pytest.raises(UsageError, match="not UTF-8"):
         parse_axis("quantize.bits=\udcff", Recipe((parse_pass("quantize"),)))
 
