@@ -14,6 +14,7 @@ import numpy as np
 from compress import decoded_hashes, report, resume, survey
 from compress.checkpoint import manifest
 from compress.checkpoint.destination import check_report_file, refuse_overlap
+from compress.checkpoint.small_files import write_whole
 from compress.checkpoint.stage import Stage
 from compress.checkpoint.writer import SafetensorsWriter
 from compress.errors import GateError, Interrupted, from_os_error
@@ -177,7 +178,7 @@ def _check_gates(result: Report, options: RunOptions, failure: str | None) -> No
     """Write the report where asked; on a failed gate raise, so that nothing is published."""
     if options.report_file is not None:
         try:
-            options.report_file.write_bytes(result.to_json())
+            write_whole(options.report_file, result.to_json())
         except OSError as error:
             raise from_os_error(error, doing="cannot write the report") from error
     failed = [*result.failed(options.gates), *([] if failure is None else [failure])]

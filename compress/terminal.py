@@ -66,11 +66,12 @@ def write_json(body: Any, path: Path) -> None:
     """The document that `emit` prints, in a file. Raises ResourceError."""
     import json as codec
 
+    from compress.checkpoint.small_files import write_whole
     from compress.errors import from_os_error
     from compress.report import without_nan
 
     try:
-        path.write_text(codec.dumps(without_nan(body), indent=1) + "\n")
+        write_whole(path, (codec.dumps(without_nan(body), indent=1) + "\n").encode())
     except OSError as error:
         raise from_os_error(error, doing="cannot write the report") from error
 

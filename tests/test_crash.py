@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import json
 import os
@@ -14,15 +13,16 @@ import threading
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
+from faults import CODES, Faults
 from toolbox import tiny_llama, tool, tool_json, tree, write_safetensors
 
 import compress.run as run_module
-from compress import interrupts, resume, spills, unpacking, verification
+from compress import interrupts, resume, unpacking, verification
 from compress.checkpoint import (
     Checkpoint,
     destination,
@@ -30,7 +30,6 @@ from compress.checkpoint import (
     open_checkpoint,
     renames,
     stage,
-    writer,
 )
 from compress.checkpoint.stage import MARKER, Stage
 from compress.errors import (
@@ -374,109 +373,7 @@ def test_trouble_after_the_rename_is_no_failure(
     assert litter(tmp_path) == []
 
 
-# -- faults at the Nth operation -------------------------------------------------------------
-
-
-class Faults:
-    """Counts operations and fails the one that is due, once or from there on."""
-
-    def __init__(self, code: int, due: int, *, for_good: bool = False) -> None:
-        self.code, self.due, self.for_good, self.count = code, due, for_good, 0
-
-    def step(self) -> None:
-        self.count += 1
-        if self.count == self.due or (self.for_good and self.count > self.due):
-            raise OSError(self.code, os.strerror(self.code))
-
-    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            self.step()
-            return function(*arguments, **keywords)
-
-        return call
-
-    def open(self, path: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
-        file = builtins.open(path, mode, *arguments, **keywords)  # noqa: SIM115
-        if "w" not in mode:
-            return file
-        return Counted(file, self)
-
-    def install(self, patch: pytest.MonkeyPatch, *, native: bool = True) -> None:
-        """Into the modules that write; other users of `os` in the process are left alone."""
-        faulty = SimpleNamespace(
-            replace=self.wrapped(os.replace),
-            rename=self.wrapped(os.rename),
-            fsync=self.wrapped(lambda fd: None),  # the disk is not what is tested
-        )
-        shim = Shim(os, faulty)
-        for module in (stage, renames, writer):
-            patch.setattr(module, "os", shim)
-        for module in (stage, writer, spills):
-            patch.setattr(module, "open", self.open, raising=False)
-        patch.setattr(Path, "mkdir", self.wrapped(Path.mkdir))
-        real = renames._renameat2
-        patch.setattr(renames, "_renameat2", self.wrapped(real) if native else lambda *_: False)
-
-
-class Shim:
-    """A module with some names replaced."""
-
-    def __init__(self, module: Any, faulty: SimpleNamespace) -> None:
-        self._module, self._faulty = module, faulty
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._faulty, name, None) or getattr(self._module, name)
-
-
-class Counted:
-    """A file open for writing whose writes may fail."""
-
-    def __init__(self, file: Any, faults: Faults) -> None:
-        self._file, self._faults = file, faults
-
-    def write(self, data: Any) -> int:
-        self._faults.step()
-        return int(self._file.write(data))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> Counted:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-
-CODES = [errno.ENOSPC, errno.EIO, errno.EACCES]
-
-
-@pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwrite"])
-def test_a_fault_at_every_operation_of_a_run(tmp_path: Path, model: Path, overwrite: bool) -> None:
-    out, expected = tmp_path / "out", tmp_path / "expected"
-    compress(model, expected, NEW, FACTORS, shard=5000)
-    assert (expected / "adapter").exists() and len(list(expected.glob("*.safetensors"))) == 2
-    old = {}
-    if overwrite:
-        compress(model, out, OLD)
-        old = tree(out)
-    failed = 0
-    for due in range(1, 1000):
-        faults = Faults(CODES[due % len(CODES)], due)
-        with pytest.MonkeyPatch.context() as patch:
-            faults.install(patch)
-            try:
-                compress(model, out, NEW, FACTORS, shard=5000, overwrite=overwrite)
-            except ResourceError as error:
-                failed += 1
-                assert os.strerror(faults.code) in error.message
-            else:
-                break
-        assert (tree(out) if out.exists() else {}) == old, due
-        assert litter(tmp_path) == [], due
-    assert failed == faults.count > 60
-    assert tree(out) == tree(expected) != old
-    assert litter(tmp_path) == []
+# -- faults at the Nth operation of the commit; of commands: robust/test_faults.py -------------
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["renameat2", "renames"])
@@ -524,24 +421,6 @@ def test_a_fault_at_every_operation_of_the_commit(
     assert tree(out) == new
     expected = {"old"} | ({"complete"} if for_good else set())
     assert outcomes == expected | ({"put back"} if for_good and overwrite and not native else set())
-
-
-def test_a_fault_at_every_operation_of_unpack(tmp_path: Path, model: Path) -> None:
-    out, dense = tmp_path / "out", tmp_path / "dense"
-    compress(model, out, NEW)
-    for due in range(1, 200):
-        faults = Faults(CODES[due % len(CODES)], due)
-        with pytest.MonkeyPatch.context() as patch:
-            faults.install(patch)
-            try:
-                unpacking.unpack_output(out, dense)
-            except ResourceError:
-                assert not dense.exists()
-                assert litter(tmp_path) == []
-            else:
-                break
-    assert due > 10
-    assert tool("verify", dense).returncode == 0
 
 
 # -- signals at any line ---------------------------------------------------------------------

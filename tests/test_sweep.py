@@ -196,6 +196,7 @@ def test_a_sweep_stops_and_goes_on(
 
     bound = first[0]["metrics"]["kl"] / 2  # of 2 bits
     gate = f"kl>{bound!r}"
+    (out / ".point-killed" / "out.partial").mkdir(parents=True)
     body = _sweep(recipe, model, ids, out, resume=True, fail_if=[gate], progress=watch)
     assert {title for title in ran if title.startswith("point")} == {
         "point 5 of 6", "point 6 of 6",

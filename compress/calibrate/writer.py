@@ -64,8 +64,8 @@ class StatisticsWriter:
         self._room = room
         self._state = _State()
         self._digest = hashlib.sha256()
-        kept = self._stage.open(key=key, resume=resume)
         try:
+            kept = self._stage.open(key=key, resume=resume)
             if not (kept and self._take_up()):
                 self._stage.keep_only(set())
                 self._state = _State()

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from compress.checkpoint.renames import rename_new, sync_directory
 from compress.checkpoint.stage import Stage
 from compress.errors import CompressError, UsageError, show
 
@@ -22,7 +21,7 @@ class FileStage(Stage):
         self, out: Path, *, overwrite: bool, is_ours: Callable[[Path], None], fsync: bool = True
     ) -> None:
         super().__init__(out, overwrite=overwrite, fsync=fsync)
-        self.file = self.path / self.out.name
+        self.file = self._result = self.path / self.out.name
         self._is_ours = is_ours
 
     def _check_out(self) -> None:
@@ -40,12 +39,3 @@ class FileStage(Stage):
                 f"{where} is not this tool's to replace ({error.message})",
                 hint="remove it yourself or choose another",
             ) from error
-
-    def _commit(self) -> None:
-        if os.path.lexists(self.out):
-            self._check_out()
-            os.replace(self.file, self.out)
-        else:
-            rename_new(self.file, self.out)
-        if self.fsync:
-            sync_directory(self.out.parent)

@@ -53,6 +53,7 @@ class Stage:
         self.out = Path(os.path.abspath(out))
         self.folder = stage_folder(self.out)
         self.path = self.folder / _CONTENT
+        self._result = self.path  # what becomes OUT
         self.fsync = fsync
         self._overwrite = overwrite
         self._lock_path = lock_file(self.out)
@@ -236,9 +237,9 @@ class Stage:
             old = None
             if os.path.lexists(self.out):
                 self._check_out()
-                old = replace(self.path, self.out, aside=self.folder / _OLD)
+                old = replace(self._result, self.out, aside=self.folder / _OLD)
             else:
-                rename_new(self.path, self.out)
+                rename_new(self._result, self.out)
             try:
                 if self.fsync:
                     sync_directory_fd(parent)
@@ -252,9 +253,9 @@ class Stage:
         """Take the new content out of OUT again, and put the old one in."""
         try:
             if old is None:
-                os.rename(self.out, self.path)
+                os.rename(self.out, self._result)
             else:
-                restore(old, self.out, new=self.path)
+                restore(old, self.out, new=self._result)
         except OSError as error:
             if os.path.lexists(self.out):
                 raise ResourceError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from compress import __version__
 from compress.checkpoint import Checkpoint, strict_json
 from compress.checkpoint.destination import refuse_overlap
 from compress.checkpoint.files import open_inside
+from compress.checkpoint.small_files import write_whole
 from compress.errors import InputError, UsageError, from_os_error, show
 from compress.evaluate.finished import Evaluation
 from compress.evaluate.metrics import METRICS, evaluated, require
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from compress.calibrate.statistics import Statistics
 
 RESULTS, PICTURE, BEST = "results.json", "sweep.svg", "best.yaml"
+_POINT = ".point-"  # folders of points that are being run
 _MAX_RESULTS = 1 << 28
 # (plan of every pass of every point, where to write) -> the statistics, and what to say of them
 Calibrate = Callable[[Plan, Path, Progress], tuple["Statistics", list[str]]]
@@ -128,7 +131,7 @@ def _row(
         if statistics is not None:
             plan = make_plan(job.checkpoint, plan.recipe, job.options, statistics)
         options = RunOptions(fsync=False, evaluation=job.evaluation)
-        with tempfile.TemporaryDirectory(prefix=".point-", dir=out) as folder:
+        with tempfile.TemporaryDirectory(prefix=_POINT, dir=out) as folder:
             report = run(plan, Path(folder) / "out", options, progress)
     except (UsageError, InputError) as error:
         return row | {"error": error.message}
@@ -221,10 +224,21 @@ def _open(job: Job, out: Path, resume: bool) -> dict[str, dict[str, Any]]:
             f"{show(str(out))} holds a sweep of another model, data or version",
             hint="choose another output",
         )
+    _remove_left(out)
     for row in kept.values():
         row.pop("number", None)
         row["metrics"] = {n: float("nan") if v is None else v for n, v in row["metrics"].items()}
     return kept
+
+
+def _remove_left(out: Path) -> None:
+    """Remove the point that a killed sweep was at. Raises ResourceError."""
+    try:
+        for left in out.glob(f"{_POINT}*"):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+    except OSError as error:
+        raise from_os_error(error, doing="cannot clean the folder") from error
 
 
 def _key(job: Job) -> str:
@@ -264,11 +278,8 @@ def _save(body: dict[str, Any], out: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """The whole file or the old one."""
-    fresh = path.with_name(path.name + ".new")
     try:
-        fresh.write_bytes(content)
-        os.replace(fresh, path)
+        write_whole(path, content)
     except OSError as error:
         raise from_os_error(error, doing="cannot write") from error
 

@@ -1,0 +1,26 @@
+"""Small files that a user names: the whole new content, or what was there before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file in one step. Raises OSError; the old content is then untouched.
+
+    Links, pipes and devices are written through, and so is a file in a folder that takes no other.
+    """
+    in_place = path.is_symlink() or (path.exists() and not path.is_file())
+    if in_place or not os.access(path.parent, os.W_OK | os.X_OK):
+        path.write_bytes(content)
+        return
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_bytes(content)
+        os.replace(fresh, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
