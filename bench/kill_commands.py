@@ -158,7 +158,7 @@ def content(path: Path) -> dict[str, str]:
     """What an output holds, figures of time left out: name -> SHA-256; {} if nothing is there."""
     if path.is_dir():
         return tree(path)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest()} if path.exists() else {}
+    return {"": hashlib.sha256(path.read_bytes()).hexdigest()} if path.exists() else {}
 
 
 def prepare(root: Path) -> dict[str, Command]:
