@@ -21,7 +21,7 @@ help:
 	@echo "make bench-quality  quality beside its goals and beside the peers (3 GB of disk, half an hour)"
 	@echo "make bench-onnx  the ONNX export: every figure beside its goal (8 GB of disk, half an hour)"
 	@echo "make large   1 B and 8 B-shaped checkpoints (needs disk: 25 GB)"
-	@echo "make soak    1000 kills, 14,000 damaged outputs"
+	@echo "make soak    kills, signals, faults, damage, headers, determinism, memory (2 hours, 25 GB)"
 	@echo "make fuzz    ten minutes of coverage-guided fuzzing of the readers (FUZZ_SECONDS=600)"
 	@echo "make matrix  the tests on Python 3.10 to 3.13, newest and oldest dependencies (20 GB of disk)"
 	@echo "make installs  sdist and wheel in empty environments, with and without a compiler (10 GB)"
@@ -111,9 +111,17 @@ bench-onnx: .venv/installed
 large: .venv/installed
 	$(BIN)/python bench/large.py
 
+# The kills go on where they were cut off. The table of memory wants 25 GB of disk.
+SOAKED := build/soak.jsonl
 soak: .venv/installed
-	$(BIN)/python bench/kills.py --kills 1000
+	mkdir -p build
+	$(BIN)/python bench/kills.py --kills 1000 --signals 300 --json $(SOAKED)
+	$(BIN)/python bench/faults.py --json $(SOAKED)
 	$(BIN)/python bench/flips.py --flips 10000
+	COMPRESS_HEADERS=100000 $(BIN)/python -m pytest -q tests/robust/test_safetensors_library.py
+	$(BIN)/python bench/determinism.py --json $(SOAKED)
+	$(BIN)/python bench/memory_table.py --work build/memory --json $(SOAKED)
+	$(BIN)/python bench/memory_table.py --work build/memory --giant --json $(SOAKED)
 
 # A slice adds to those before it: docs/fuzzing.md. atheris comes with the extra `fuzz`.
 FUZZ_SECONDS ?= 600

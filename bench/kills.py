@@ -72,6 +72,7 @@ def main() -> int:
         with given.json.open("a") as file:
             file.write(json.dumps({"kills": counts}) + "\n")
     print(json.dumps(counts))
+    given.log.replace(given.log.with_name(f"{given.log.stem}-done.jsonl"))  # the next starts afresh
     return 1 if counts["failed"] else 0
 
 
