@@ -1,11 +1,13 @@
 """Compiles the fuzzed kernels: bindings, kernels and targets in one program without Python.
 
 `fuzzer` is for bench/fuzz_kernels.py and needs clang with libFuzzer; `replayer` is for tests and
-needs any compiler with the sanitizers. Objects are kept and made again where a source is newer.
+needs any compiler with the sanitizers. Objects are kept, and made again where a source is newer or
+the command is another.
 """
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,10 +65,11 @@ def _objects(
     newest = max(path.stat().st_mtime for path in headers)
     objects = []
     for source, words in options.items():
-        made = build / f"{source.stem}.o"
+        command = [compiler, *COMMON, *words, "-c", str(source), "-o"]
+        mark = hashlib.sha256(" ".join(command).encode()).hexdigest()[:8]
+        made = build / f"{source.stem}-{mark}.o"
         if not made.exists() or made.stat().st_mtime < max(newest, source.stat().st_mtime):
-            command = [compiler, *COMMON, *words, "-c", str(source), "-o", str(made)]
-            subprocess.run(command, check=True)
+            subprocess.run([*command, str(made)], check=True)
         objects.append(made)
     return objects
 

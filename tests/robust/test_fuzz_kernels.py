@@ -15,19 +15,20 @@ sys.path.insert(0, str(FOLDER))
 
 from build_fuzzer import TARGETS, replayer  # noqa: E402
 
+BUILD = FOLDER.parent.parent / "build" / "fuzz_kernels" / "replay"  # what is there stays of use
 COMPILER = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
 GENERATED = 300  # inputs a target, so that one without finds is tried, too
 
 pytestmark = [
-    pytest.mark.slow,  # a minute of compilation
+    pytest.mark.slow,  # a minute or two of compilation, the first time
     pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler with sanitizers"),
 ]
 
 
 @pytest.fixture(scope="module")
-def replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def replay() -> Path:
     assert COMPILER is not None
-    return replayer(COMPILER, tmp_path_factory.mktemp("replay"), avx2=False)
+    return replayer(COMPILER, BUILD, avx2=False)
 
 
 def run(program: Path, target: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
