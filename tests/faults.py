@@ -46,7 +46,7 @@ class Faults:
 
     def open(self, path: Any, mode: str = "r", *arguments: Any, **keywords: Any) -> Any:
         file = builtins.open(path, mode, *arguments, **keywords)  # noqa: SIM115
-        if "w" not in mode and "+" not in mode:
+        if not set(mode) & set("wx+"):
             return file
         return Counted(file, self)
 
@@ -60,7 +60,7 @@ class Faults:
         shim = Shim(os, faulty)
         for module in (stage, renames, writer, small_files):
             patch.setattr(module, "os", shim)
-        for module in (stage, writer, spills, statistics, parity):
+        for module in (stage, writer, small_files, spills, statistics, parity):
             patch.setattr(module, "open", self.open, raising=False)
         patch.setattr(Path, "mkdir", self.wrapped(Path.mkdir))
         patch.setattr(Path, "write_bytes", self.wrapped(Path.write_bytes))

@@ -31,6 +31,7 @@ from compress.checkpoint import (
     renames,
     stage,
 )
+from compress.checkpoint.small_files import write_whole
 from compress.checkpoint.stage import MARKER, Stage
 from compress.errors import (
     BusyError,
@@ -620,6 +621,17 @@ def test_a_sidecar_that_became_something_else_is_refused(
             unpacking.unpack_output(source, target)
     assert not target.exists()
     assert litter(tmp_path) == []
+
+
+def test_a_report_follows_no_link_beside_it(tmp_path: Path) -> None:
+    """The name that the new content has for a moment may be taken, by a killed run or by others."""
+    report, other = tmp_path / "report.json", tmp_path / "other"
+    report.write_text("old")
+    other.write_text("not ours")
+    (tmp_path / ".report.json.new").symlink_to(other)
+    write_whole(report, b"new")
+    assert report.read_text() == "new" and other.read_text() == "not ours"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "report.json"]
 
 
 def test_a_report_that_cannot_be_written_is_refused_first(tmp_path: Path, model: Path) -> None:

@@ -18,7 +18,9 @@ def write_whole(path: Path, content: bytes) -> None:
         return
     fresh = path.with_name(f".{path.name}.new")
     try:
-        fresh.write_bytes(content)
+        fresh.unlink(missing_ok=True)  # of a run that was killed
+        with open(fresh, "xb") as file:  # no link that someone else put there is followed
+            file.write(content)
         os.replace(fresh, path)
     except OSError:
         with contextlib.suppress(OSError):
