@@ -6,28 +6,49 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from types import FrameType
 
 from compress.errors import Interrupted
 
 _HELD = (signal.SIGINT, signal.SIGTERM)
+_MOMENT = 0.02  # seconds
 _arrived: list[int] = []
 
 
 def catch() -> None:
     """From now on SIGINT and SIGTERM raise Interrupted in the main thread."""
 
-    def stop(number: int, _frame: object) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         _arrived.append(number)
-        raise Interrupted(number)
+        if _is_importing("numpy", frame):
+            _send_again(number)
+        else:
+            raise Interrupted(number)
 
     for number in _HELD:
         signal.signal(number, stop)
 
 
+def _is_importing(package: str, frame: FrameType | None) -> bool:
+    """Whether the package's modules are running: numpy prints what interrupts them."""
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__"))
+        if frame.f_code.co_name == "<module>" and module.partition(".")[0] == package:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    """The signal once more, in a moment; through its handler, which may be a deferring one then."""
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+    signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+
+
 def arrived() -> int | None:
     """The signal that came first, whatever became of its exception.
 
-    Code that was interrupted may turn it into another: numpy's import makes an ImportError of it.
+    Code that was interrupted may turn it into another, an import that failed for example.
     """
     return _arrived[0] if _arrived else None
 

@@ -532,7 +532,7 @@ runpy.run_module("compress", run_name="__main__", alter_sys=True)
 def test_a_signal_while_libraries_are_imported(
     tmp_path: Path, model: Path, where: str, number: int
 ) -> None:
-    """numpy prints what interrupts its import and makes an ImportError of it."""
+    """numpy would print what interrupts its import, and make an ImportError of it."""
     words = ["run", str(model), "-o", str(tmp_path / "out"), NEW]
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_IMPORT, where, str(int(number)), *words],
@@ -541,9 +541,7 @@ def test_a_signal_while_libraries_are_imported(
         check=False,
     )
     assert done.returncode == 128 + number, done.stderr
-    assert done.stderr.endswith("error: interrupted\n")
-    assert "internal error" not in done.stderr and "hint" not in done.stderr
-    assert where != "typer" or done.stderr == "error: interrupted\n"
+    assert done.stderr == "error: interrupted\n"
     assert not (tmp_path / "out").exists() and litter(tmp_path) == []
 
 
