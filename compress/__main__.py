@@ -22,6 +22,8 @@ def main() -> None:
         interrupts.ignore()
         streams.complain("error: interrupted")
         sys.exit(128 + number)
+    finally:
+        interrupts.ignore()  # the command is over
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
@@ -12,17 +13,24 @@ from compress.errors import Interrupted
 
 _HELD = (signal.SIGINT, signal.SIGTERM)
 _MOMENT = 0.02  # seconds
+PATIENCE = 10.0  # seconds that the clean-up after a signal has before another one cuts it off
 _arrived: list[int] = []
+_until = [0.0]  # when that time is over
 
 
 def catch() -> None:
-    """From now on SIGINT and SIGTERM raise Interrupted in the main thread."""
+    """From now on SIGINT and SIGTERM raise Interrupted in the main thread.
+
+    Another one soon after changes nothing: the clean-up would be cut off, or Python's wait for
+    threads, which then run on in a process that is gone.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         _arrived.append(number)
         if _is_importing("numpy", frame):
             _send_again(number)
-        else:
+        elif time.monotonic() >= _until[0]:
+            _until[0] = time.monotonic() + PATIENCE
             raise Interrupted(number)
 
     for number in _HELD:

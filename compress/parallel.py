@@ -40,4 +40,5 @@ def map_tiles(
                 oldest, future = pending.popleft()
                 yield oldest, future.result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            with deferred():  # a signal would make Python take threads for ended that run on
+                pool.shutdown(wait=True, cancel_futures=True)

@@ -509,6 +509,24 @@ def test_a_deferred_signal_comes_when_the_block_ends() -> None:
     thread.start(), thread.join()
 
 
+def test_a_second_signal_leaves_the_clean_up_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(interrupts, "_arrived", [])
+    monkeypatch.setattr(interrupts, "_until", [0.0])
+    try:
+        interrupts.catch()
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)  # while what the first one interrupted is put in order
+        assert interrupts.arrived() == signal.SIGTERM
+        monkeypatch.setattr(interrupts, "_until", [0.0])  # it took too long
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # A program that is the command line, but for a signal that comes while a module is imported.
 INTERRUPTED_IMPORT = """
 import importlib.abc, runpy, signal, sys
