@@ -58,6 +58,7 @@ def hostile(rng: random.Random) -> bytes:
         text = change_text(rng, text)
     data = rng.randbytes(offset + rng.choice([0, 0, 0, 0, 0, 0, 0, 0, 1, -1]) if offset else 0)
     length = len(text) + (rng.choice([-1, 1, 8, 1 << 40]) if rng.random() < 0.05 else 0)
+    length = max(0, length)  # a change may have left no text
     return length.to_bytes(8, "little") + text + data
 
 
