@@ -12,7 +12,7 @@ import typer
 
 from compress.passes import pass_classes
 from compress.passes.base import Pass, option_fields
-from compress.recipe import build_pass, parse_yaml
+from compress.recipe import build_pass, parse_value
 
 CALIBRATION = ("stats", "text", "sentences", "ids", "images", "samples", "length", "documents")
 EVALUATION = ("eval_text", "eval_pairs", "eval_images", "eval_window", "eval_samples")
@@ -46,7 +46,7 @@ def make_command(
             if value is None or value == []:
                 continue
             as_text = _kind(hints[field.name]) is str and hints[field.name] is not str
-            options[field.name] = parse_yaml(value.encode(), field.name) if as_text else value
+            options[field.name] = parse_value(value, field.name) if as_text else value
         run_one(given["model"], build_pass(name, options), common)
 
     parameters = [_parameter("model", cli.Model), _parameter("out", cli.Out)]

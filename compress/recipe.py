@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import io
 import math
 import operator
 import re
@@ -20,8 +19,6 @@ from compress.passes import pass_classes
 from compress.passes.base import Pass, option_fields
 
 MAX_RECIPE_BYTES = 1_000_000
-MAX_DEPTH = 32
-MAX_INTEGER = (1 << 63) - 1
 FORMATS = ("auto", "compressed-tensors", "native", "onnx", "dense")
 UNTOUCHED = ("keep", "bf16", "fp16")
 GATE_METRICS = tuple(METRICS)
@@ -115,6 +112,8 @@ class Recipe:
 
 def read_recipe(path: str | Path) -> Recipe:
     """A recipe file. Raises UsageError for its content, InputError where it is not YAML 1.2."""
+    from compress import strict_yaml
+
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -123,7 +122,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise UsageError(f"recipe {show(str(path))}: {error.strerror}") from error
     if len(raw) > MAX_RECIPE_BYTES:
         raise InputError(f"recipe {show(str(path))}: larger than {MAX_RECIPE_BYTES} bytes")
-    data = parse_yaml(raw, f"recipe {show(str(path))}")
+    data = strict_yaml.loads(raw, f"recipe {show(str(path))}")
     try:
         return recipe_from_mapping(data)
     except UsageError as error:
@@ -176,6 +175,8 @@ def parse_pass(word: str) -> Pass:
 
 def parse_value(text: str, where: str) -> Any:
     """A value as typed: YAML, or a glob. Raises UsageError: it is a flag, not a file."""
+    from compress import strict_yaml
+
     try:
         raw = text.encode()
     except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
@@ -184,7 +185,7 @@ def parse_value(text: str, where: str) -> Any:
     if text.lstrip().startswith("*"):
         return text.strip()
     try:
-        return parse_yaml(raw, where)
+        return strict_yaml.loads(raw, where)
     except InputError as error:
         hint = 'quote globs inside a list: targets=["*query", "*key"]'
         raise UsageError(error.message, hint=hint) from error
@@ -221,71 +222,6 @@ def build_pass(name: str, options: Mapping[str, Any]) -> Pass:
 def _type_hints(cls: type[Pass]) -> dict[str, Any]:
     """The types of a pass's options; finding them takes longer than all else."""
     return typing.get_type_hints(cls)
-
-
-def parse_yaml(raw: bytes, where: str) -> Any:
-    """One YAML 1.2 document without aliases, tags or duplicate keys. Raises InputError."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8") from error
-    reader = YAML(typ="safe", pure=True)
-    reader.allow_duplicate_keys = False
-    try:
-        _refuse_odd_yaml(reader.parse(io.StringIO(text)), where)
-        value = reader.load(io.StringIO(text))
-    except YAMLError as error:
-        line = str(getattr(error, "problem", None) or error).splitlines()[0]
-        mark = getattr(error, "problem_mark", None)
-        at = f" (line {mark.line + 1})" if mark is not None else ""
-        raise InputError(f"{where}: {show(line)}{at}") from error
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{where}: not a value this tool reads") from error
-    _require_plain(value, where)
-    return value
-
-
-def _require_plain(value: Any, where: str) -> None:
-    """Refuse what JSON does not have: dates, lists as keys; and integers of more than 64 bits."""
-    todo = [value]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Mapping):
-            if any(isinstance(key, tuple) for key in item):
-                raise InputError(f"{where}: a list as a key")
-            todo += [*item, *item.values()]
-        elif isinstance(item, list):
-            todo += item
-        elif isinstance(item, int) and abs(item) > MAX_INTEGER:
-            raise InputError(f"{where}: an integer of more than 64 bits")
-        elif item is not None and not isinstance(item, str | int | float):
-            raise InputError(f"{where}: {show(str(item))} is a {type(item).__name__}, not a value")
-
-
-def _refuse_odd_yaml(events: Iterable[Any], where: str) -> None:
-    """Refuse aliases, tags, many documents and deep nesting, before anything is built."""
-    from ruamel.yaml import events as ev
-
-    depth = documents = 0
-    for event in events:
-        if isinstance(event, ev.AliasEvent) or getattr(event, "anchor", None):
-            raise InputError(f"{where}: YAML anchors and aliases are not allowed")
-        tag = getattr(event, "ctag", None) or getattr(event, "tag", None)
-        if tag:
-            raise InputError(f"{where}: YAML tags are not allowed ({show(str(tag))})")
-        if isinstance(event, ev.DocumentStartEvent):
-            documents += 1
-        if isinstance(event, ev.MappingStartEvent | ev.SequenceStartEvent):
-            depth += 1
-        elif isinstance(event, ev.MappingEndEvent | ev.SequenceEndEvent):
-            depth -= 1
-        if documents > 1:
-            raise InputError(f"{where}: one YAML document expected")
-        if depth > MAX_DEPTH:
-            raise InputError(f"{where}: nested deeper than {MAX_DEPTH} levels")
 
 
 def _pass_entry(entry: Any) -> Pass:

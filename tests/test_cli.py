@@ -75,6 +75,16 @@ def test_a_pass_command_does_what_run_does(tmp_path: Path) -> None:
     assert one["totals"]["relative_error"] == other["totals"]["relative_error"]
 
 
+@pytest.mark.parametrize("value", ["'", "\udcff"])
+def test_a_typed_option_that_is_no_yaml_is_a_usage_error(tmp_path: Path, value: str) -> None:
+    model = tiny_llama(tmp_path / "model")
+    done = tool("quantize", model, "-o", tmp_path / "out", "--overrides", value)
+    assert done.returncode == 2, done.stderr
+    assert "overrides" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_data_free_work_never_imports_torch(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     script = (

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from compress import strict_yaml
 from compress.errors import CompressError, InputError, UsageError
 from compress.passes.quantize import Quantize
 from compress.recipe import (
     Gate,
     Recipe,
     parse_pass,
-    parse_yaml,
     read_recipe,
     recipe_from_mapping,
 )
@@ -153,9 +153,9 @@ def test_bad_yaml_in_a_grid_is_a_usage_error() -> None:
 
 
 def test_numbers_are_yaml_1_2() -> None:
-    assert parse_yaml(b"1e-3", "x") == pytest.approx(0.001)
-    assert parse_yaml(b"010", "x") == 10
-    assert parse_yaml(b"yes", "x") == "yes"
+    assert strict_yaml.loads(b"1e-3", "x") == pytest.approx(0.001)
+    assert strict_yaml.loads(b"010", "x") == 10
+    assert strict_yaml.loads(b"yes", "x") == "yes"
 
 
 def test_every_default_is_written_out() -> None:
