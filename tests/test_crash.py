@@ -337,8 +337,8 @@ def test_an_exchange_by_renames_that_was_cut_off_is_put_back(
     process = Stage(out, overwrite=True)
     process.open(key="k")
     os.rename(out, process.folder / "old")  # killed between the two renames
-    process._lock_path.unlink()
-    os.close(process._lock_fd)
+    process._lock.path.unlink()
+    os.close(process._lock.descriptor)
     with pytest.raises(UsageError, match="exists"):
         compress(model, out, NEW)
     assert tree(out) == old

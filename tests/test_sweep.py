@@ -13,7 +13,8 @@ from toolbox import tiny_llama
 from typer.testing import CliRunner
 
 from compress import cli
-from compress.errors import CompressError, GateError, Interrupted, UsageError
+from compress.checkpoint.destination import lock_file
+from compress.errors import BusyError, CompressError, GateError, Interrupted, UsageError
 from compress.evaluate.data import request_of
 from compress.recipe import Gate, Recipe, parse_pass, read_recipe
 from compress.report import human
@@ -219,6 +220,26 @@ def test_a_sweep_stops_and_goes_on(
     np.save(other, np.full((2, 16), 7))
     with pytest.raises(UsageError, match="another model, data or version"):
         _sweep(recipe, model, other, out, resume=True)
+
+
+def test_a_second_sweep_of_one_folder_is_turned_away(
+    model: Path, ids: Path, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    seen = []
+
+    def again(what: str, done: int, total: int) -> None:
+        if what.startswith("point 5 of 6") and not seen:
+            seen.append(sorted(out.rglob("*")))
+            for resume in (True, False):
+                with pytest.raises(BusyError, match="another run is writing"):
+                    _sweep(recipe, model, ids, out, resume=resume)
+            assert sorted(out.rglob("*")) == seen[0]
+
+    body = _sweep(recipe, model, ids, out, progress=again)
+    assert seen
+    assert body["points"][4]["metrics"] is not None
+    assert not lock_file(out).exists()
 
 
 def test_no_point_passes(model: Path, ids: Path, recipe: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ what it was or the complete new result. The old one ends up in the stage, behind
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -19,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from compress.checkpoint import manifest, strict_json
-from compress.checkpoint.destination import check_out, lock_file, stage_folder
+from compress.checkpoint.destination import check_out, stage_folder
 from compress.checkpoint.files import InputFile, open_inside
 from compress.checkpoint.manifest import FileRecord
+from compress.checkpoint.out_lock import OutLock
 from compress.checkpoint.renames import (
     rename_new,
     replace,
@@ -29,7 +29,7 @@ from compress.checkpoint.renames import (
     sync_directory,
     sync_directory_fd,
 )
-from compress.errors import BusyError, InputError, ResourceError, UsageError, from_os_error, show
+from compress.errors import InputError, ResourceError, UsageError, from_os_error, show
 from compress.interrupts import deferred
 
 MARKER = ".stage.json"
@@ -56,8 +56,7 @@ class Stage:
         self._result = self.path  # what becomes OUT
         self.fsync = fsync
         self._overwrite = overwrite
-        self._lock_path = lock_file(self.out)
-        self._lock_fd = -1
+        self._lock = OutLock(self.out)
         self._claimed = False
 
     def open(self, *, key: str = "", resume: bool = False) -> bool:
@@ -70,7 +69,7 @@ class Stage:
         try:
             with deferred():
                 self.out.parent.mkdir(parents=True, exist_ok=True)
-                self._lock_fd = self._lock()
+                self._lock.take()
                 kept = self._claim(key, resume)
         except OSError as error:
             raise from_os_error(error, doing="cannot create the stage") from error
@@ -167,37 +166,11 @@ class Stage:
 
     def release(self) -> None:
         """Give the lock back (the stage, if any, stays for `--resume`)."""
-        with deferred():
-            if self._lock_fd >= 0:
-                with contextlib.suppress(OSError):
-                    self._lock_path.unlink()
-                with contextlib.suppress(OSError):
-                    os.close(self._lock_fd)
-                self._lock_fd = -1
+        self._lock.give_back()
 
     def _check_out(self) -> None:
         """Refuse an OUT that exists, or that is not ours to replace. Raises UsageError."""
         check_out(self.out, overwrite=self._overwrite)
-
-    def _lock(self) -> int:
-        """Take the lock file; a holder that removed it meanwhile makes us try again."""
-        while True:
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(self._lock_path)):
-                    return fd
-                os.close(fd)
-            except FileNotFoundError:
-                os.close(fd)
-            except BlockingIOError as error:
-                os.close(fd)
-                raise BusyError(
-                    f"another run is writing {show(str(self.out))}", hint="wait for it to end"
-                ) from error
-            except OSError:
-                os.close(fd)
-                raise
 
     def _claim(self, key: str, resume: bool) -> bool:
         """Make the stage ours, fresh or with what is to be resumed."""

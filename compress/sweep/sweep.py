@@ -7,13 +7,14 @@ the winner's recipe `best.yaml`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from compress import __version__
 from compress.checkpoint import Checkpoint, strict_json
 from compress.checkpoint.destination import refuse_overlap
 from compress.checkpoint.files import open_inside
+from compress.checkpoint.out_lock import OutLock
 from compress.checkpoint.small_files import write_whole
 from compress.errors import InputError, UsageError, from_os_error, show
 from compress.evaluate.finished import Evaluation
@@ -80,12 +82,20 @@ def sweep(
 ) -> dict[str, Any]:
     """Run the points that are not done; the document of the sweep, which `results.json` holds.
 
-    Raises UsageError where OUT exists (without `resume`) or holds another sweep, and where no
-    point can be run. A point that is refused is listed with the reason; the others go on.
+    Raises BusyError where another sweep is at work in OUT, UsageError where OUT exists (without
+    `resume`) or holds another sweep, and where no point can be run. A point that is refused is
+    listed with the reason; the others go on.
     """
     require(job.recipe.gates, job.kind, reference=True, report=True)
     refuse_overlap(job.checkpoint.path, out)
     plans = _plans(job)
+    with _locked(out):
+        return _sweep(job, plans, out, resume, progress)
+
+
+def _sweep(
+    job: Job, plans: Sequence[Plan | UsageError], out: Path, resume: bool, progress: Progress
+) -> dict[str, Any]:
     done = _open(job, out, resume)
     statistics, warnings = _calibrated(job, plans, out, progress)
     try:
@@ -193,6 +203,21 @@ def _calibrated(
 
 
 # ------------------------------------------------------------ the folder
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """No other sweep in this folder meanwhile. Raises BusyError, ResourceError."""
+    lock = OutLock(out)
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        lock.take()
+    except OSError as error:
+        raise from_os_error(error, doing="cannot use") from error
+    try:
+        yield
+    finally:
+        lock.give_back()
 
 
 def _open(job: Job, out: Path, resume: bool) -> dict[str, dict[str, Any]]:
