@@ -21,6 +21,7 @@ from compress.checkpoint import Checkpoint, skeleton
 from compress.checkpoint import config as model_config
 from compress.errors import ResourceError, UsageError, show
 from compress.formats.base import Entry, Format
+from compress.machine_memory import usable_memory
 from compress.passes.base import NAMED_ROLES, Context, Outlook, Pass, Terms
 from compress.plan_warnings import plan_warnings
 from compress.recipe import Output, Recipe
@@ -217,14 +218,14 @@ class Plan:
             )
 
     def check_memory(self) -> None:
-        """Refuse (ResourceError) where a single tensor does not fit the machine."""
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        """Refuse (ResourceError) where a single tensor does not fit the machine, or its group."""
+        available = usable_memory()
         if self.peak_memory <= available:
             return
         largest = max(self.tensors, key=lambda t: t.info.nbytes)
         raise ResourceError(
             f"tensor {show(largest.info.name)}: {self.peak_memory:,} bytes of memory needed, "
-            f"the machine has {available:,}",
+            f"{available:,} allowed",
             hint="leave that tensor out with `ignore`, or use fewer --jobs",
         )
 

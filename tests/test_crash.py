@@ -527,6 +527,7 @@ def test_a_second_signal_leaves_the_clean_up_alone(monkeypatch: pytest.MonkeyPat
             signal.signal(number, handler)
 
 
+NUMPY_CORE = "numpy.core" if np.__version__.startswith("1.") else "numpy._core"
 # A program that is the command line, but for a signal that comes while a module is imported.
 INTERRUPTED_IMPORT = """
 import importlib.abc, runpy, signal, sys
@@ -545,7 +546,7 @@ runpy.run_module("compress", run_name="__main__", alter_sys=True)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "where", ["typer", "numpy._core.multiarray", "numpy._core._multiarray_umath"]
+    "where", ["typer", f"{NUMPY_CORE}.multiarray", f"{NUMPY_CORE}._multiarray_umath"]
 )
 def test_a_signal_while_libraries_are_imported(
     tmp_path: Path, model: Path, where: str, number: int

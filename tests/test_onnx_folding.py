@@ -42,7 +42,9 @@ def network(path: Path) -> None:
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 16])],
         [numpy_helper.from_array(a.astype(np.float32), n) for n, a in arrays.items()],
     )  # fmt: skip
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), path)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10), path
+    )
 
 
 def test_batch_norms_are_folded_and_activations_rounded(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from compress.checkpoint import open_checkpoint, skeleton
+from compress.evaluate.onnx_outputs import is_old
 from compress.export_onnx.builder import DATA_FILE
 from compress.export_onnx.lowering import Lowered, lower
 from compress.export_onnx.pieces import in_pieces
@@ -157,6 +158,10 @@ def test_every_term_runs_as_it_decodes(model: Path, tmp_path: Path, recipe: str,
     out = tmp_path / "out"
     compressed(model, out, RECIPES[recipe], fmt)
     export(out, Style(accuracy_level=0))
+    if recipe == "2 bits" and is_old(onnxruntime.__version__):
+        with pytest.raises(Exception, match="MatMulNBits"):
+            check(out)
+        return
     check(out)
 
 

@@ -270,7 +270,7 @@ def _npz(path: Path) -> dict[str, Array]:
                 raise wrong
             arrays = {name: archive[name] for name in (IMAGES, LABELS) if name in archive.files}
             names = archive.files
-    except TypeError:  # a lone array is no context manager
+    except (TypeError, AttributeError):  # a lone array is no context manager
         raise wrong from None
     except OSError as error:
         raise unreadable(error) from error

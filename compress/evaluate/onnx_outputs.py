@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ _TYPES: dict[str, Any] = {
 _IDS = "input_ids"
 # What exporters call the output that holds a vector for every token.
 _HIDDEN = (EMBEDDINGS, "hidden_states", "token_embeddings")
+
+_UPDATE = "onnxruntime 1.24 or newer runs every graph; it needs Python 3.11"
+OLDEST = (1, 24)  # products of codes of 2 bits, and graphs of today's versions
+
+
+def is_old(version: str) -> bool:
+    """Whether this onnxruntime may not run every graph that is written; not for odd versions."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return found is not None and (int(found[1]), int(found[2])) < OLDEST
 
 
 class Onnx(Runner):
@@ -77,7 +87,9 @@ class Onnx(Runner):
             )
         except self._errors as error:
             raise InputError(
-                f"{show(self._where)}: onnxruntime does not load it: {show(str(error), 200)}"
+                f"{show(self._where)}: onnxruntime {self.version} does not load it:"
+                f" {show(str(error), 200)}",
+                hint=_UPDATE if is_old(self.version) else None,
             ) from error
         self.inputs = {i.name: i for i in self.session.get_inputs()}
         self.outputs = [o.name for o in self.session.get_outputs()]

@@ -98,7 +98,9 @@ def test_graphs(tmp_path: Path) -> None:
     graph = onnx.helper.make_graph(
         nodes, "net", [value("x", 1, ["n", 64])], [value("y", 1, ["n", 64])], inits
     )
-    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    made = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=10
+    )
     onnx.save(made, tmp_path / "net.onnx")
     trees = []
     for number, seed in enumerate("01"):
