@@ -20,7 +20,7 @@ from cuda_device import (  # noqa: F401
     to_bytes,
 )
 
-from compress.kernels import cuda, reference
+from compress.kernels import cuda, reference, reference_quantize
 
 WEIGHT_DTYPES = [np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 SIZES = [0, 1, 2, 7, 8, 9, 31, 255, 1000, 4095, 4096, 4097, 20_003]
@@ -137,7 +137,7 @@ def quantize_both(
     """(status, output bytes) of the kernels and of the reference."""
     rows, columns = w.shape
     groups = -(-columns // options["group_size"])
-    scale_type = reference.SCALE_DTYPES[options["scale_dtype"]]
+    scale_type = reference_quantize.SCALE_DTYPES[options["scale_dtype"]]
     shapes = {
         "codes": ((rows, columns), np.uint8),
         "scale": ((rows, groups), scale_type),
@@ -149,7 +149,7 @@ def quantize_both(
     want = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
     have = {name: device.output(shape, dtype) for name, (shape, dtype) in shapes.items()}
     none = {"zero_point": None} if options["symmetric"] else {}
-    expected = reference.quantize_groups(w, mask, **options, **want, **none)
+    expected = reference_quantize.quantize_groups(w, mask, **options, **want, **none)
     kept = None if mask is None else device.put(mask)
     status = cuda.quantize_groups(device.put(w), kept, **options, **have, **none)
     device.check()

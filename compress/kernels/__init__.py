@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from compress.kernels import dispatch, reference
+from compress.kernels import dispatch, reference, reference_quantize, reference_sums
 from compress.kernels.dispatch import Backend
-from compress.kernels.reference import SCALE_DTYPES
+from compress.kernels.reference_quantize import SCALE_DTYPES
 
 __all__ = [
     "SCALE_DTYPES",
@@ -229,7 +229,7 @@ def quantize_groups(
             column_weights = None
     native = dispatch.current().native
     if native is None:
-        return reference.quantize_groups(
+        return reference_quantize.quantize_groups(
             w,
             mask,
             bits=bits,
@@ -451,7 +451,7 @@ def error_sums(w: Array, decoded: F32, sums: F64) -> None:
     _check("sums", sums, np.float64, (2,), writable=True)
     native = dispatch.current().native
     if native is None:
-        reference.error_sums(w, decoded, sums)
+        reference_sums.error_sums(w, decoded, sums)
     else:
         native.error_sums(_raw(w), kind, _raw(decoded), sums)
 
@@ -463,6 +463,6 @@ def squared_norms(w: Array, out: F64) -> None:
     _check("out", out, np.float64, (rows,), writable=True)
     native = dispatch.current().native
     if native is None:
-        reference.squared_norms(w, out)
+        reference_sums.squared_norms(w, out)
     else:
         native.squared_norms(_raw(w), kind, rows, columns, out)

@@ -36,7 +36,7 @@ from compress.calibrate.statistics import (
     TensorStatistics,
 )
 from compress.errors import InputError, UsageError, show
-from compress.kernels.reference import SMALLEST_NORMAL
+from compress.kernels.reference_quantize import SMALLEST_NORMAL
 from compress.passes import quantize_budget, quantize_overrides
 from compress.passes.base import CodesSpec, Context, Outlook, Pass, Terms, option, refuse
 from compress.passes.width_losses import Losses, losses

@@ -2,8 +2,8 @@
 // share, and one *_impl.h an idea.
 //
 // Included inside an anonymous namespace after a lanes_*.h and a bytes_*.h. Uses no inline library
-// function (see lanes_base.h) and no fused multiply-add; sums follow `lane_sum` in reference.py:
-// 16 float lanes over at most kChunk entries, a fixed tree, then double.
+// function (see lanes_base.h) and no fused multiply-add; sums follow `lane_sum` in
+// reference_sums.py: 16 float lanes over at most kChunk entries, a fixed tree, then double.
 
 constexpr size_t kLanes = 16;
 constexpr size_t kChunk = 4096;

@@ -1,7 +1,7 @@
 // One group of weights under one scale, worked on by one or more teams of sixteen lanes.
 //
 // Lane i of a team has entries i, i + 16, ... of a chunk of 4096: the float32 lanes of `lane_sum`
-// in compress/kernels/reference.py, ended by the same tree. Chunks are added up in double, in
+// in compress/kernels/reference_sums.py, ended by the same tree. Chunks are added up in double, in
 // order.
 
 #pragma once

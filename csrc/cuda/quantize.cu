@@ -1,6 +1,7 @@
 // Codes, scales and zero points of groups: plain rounding, and the search over 16 candidates.
 //
-// Every float operation stands in the order of compress/kernels/reference.py, is rounded by itself
+// Every float operation stands in the order of compress/kernels/reference_quantize.py, is rounded
+// by itself
 // (--fmad=false) and divides by IEEE rules. All lanes of a team work out a group's scalars alike.
 
 #include "scale.cuh"

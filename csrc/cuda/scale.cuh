@@ -7,7 +7,7 @@
 namespace compress {
 namespace cuda {
 
-// Scale candidates; the same tables stand in reference.py.
+// Scale candidates; the same tables stand in reference_quantize.py.
 constexpr double kSymmetricBounds[9][2] = {{0, 0},       {0, 0},       {0.60, 2.40},
                                            {0.80, 1.90}, {0.86, 1.50}, {0.90, 1.25},
                                            {0.94, 1.12}, {0.96, 1.06}, {0.98, 1.03}};

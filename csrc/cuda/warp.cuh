@@ -12,7 +12,7 @@ __device__ __forceinline__ int lane_index() {
 }
 
 // The sum of `Width` neighbouring lanes, in all of them: lanes i and i + Width/2 first, and so on.
-// For 16 lanes this is the tree of `lane_sum` in compress/kernels/reference.py.
+// For 16 lanes this is the tree of `lane_sum` in compress/kernels/reference_sums.py.
 template <int Width, class T>
 __device__ __forceinline__ T lanes_sum(T value) {
 #pragma unroll
