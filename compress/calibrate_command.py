@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress.errors import UsageError
+from compress.errors import UsageError, show
 
 if TYPE_CHECKING:
     from compress.calibrate.inputs import Inputs
@@ -134,7 +134,7 @@ def read_inputs(
 
 def _summary(body: dict[str, Any], description: str) -> str:
     return (
-        f"{body['path']}: {', '.join(body['kinds'])} of {body['tensors']} tensors at"
-        f" {body['sites']} inputs, {body['bytes'] / 1e6:,.1f} MB, from {description};"
+        f"{show(body['path'], 400)}: {', '.join(body['kinds'])} of {body['tensors']} tensors at"
+        f" {body['sites']} inputs, {body['bytes'] / 1e6:,.1f} MB, from {show(description, 400)};"
         f" {body['seconds']:,.0f} s, peak memory {body['peak_memory_bytes'] / 1e6:,.0f} MB"
     )

@@ -212,9 +212,10 @@ def _require_own(out: Path, checkpoint: Checkpoint) -> None:
         manifest.load(out)
     except manifest.NewerManifest:
         raise
-    except InputError:
+    except InputError as error:
         raise UsageError(
-            f"{show(str(checkpoint.path))}: not an output of this tool, which could get a file",
+            f"{show(str(checkpoint.path))}: not an output of this tool, which could get a file"
+            f" ({error.message})",
             hint="add -o DIR, which gets everything that the graph needs",
         ) from None
 
@@ -222,6 +223,7 @@ def _require_own(out: Path, checkpoint: Checkpoint) -> None:
 def _keep(out: Path, stage: Stage) -> dict[str, FileRecord]:
     """Every file of the output but those of an earlier export, in the stage."""
     from compress.checkpoint import manifest
+    from compress.checkpoint.files import is_own_file
     from compress.export_onnx.builder import DATA_FILE
     from compress.export_onnx.export import MODEL_FILE
 
@@ -230,7 +232,7 @@ def _keep(out: Path, stage: Stage) -> dict[str, FileRecord]:
         if name in (MODEL_FILE, DATA_FILE):
             continue
         found = manifest.read_record(record)
-        if found is None or not (out / name).is_file() or (out / name).is_symlink():
+        if found is None or not is_own_file(out, name):
             raise InputError(f"{show(name)}: missing, or no regular file", hint="compress verify")
         stage.take_file(name, out / name, found)
         kept[name] = found

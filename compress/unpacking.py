@@ -63,7 +63,7 @@ def unpack_output(
     return {
         "tensors": tensors,
         "bytes": nbytes,
-        "summary": f"unpacked {tensors} tensors, {nbytes:,} bytes, to {dense}",
+        "summary": f"unpacked {tensors} tensors, {nbytes:,} bytes, to {show(str(dense), 400)}",
     }
 
 

@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 
 from compress import cli
 from compress.checkpoint.destination import lock_file
-from compress.errors import BusyError, CompressError, GateError, Interrupted, UsageError
+from compress.errors import (
+    BusyError,
+    CompressError,
+    GateError,
+    InputError,
+    Interrupted,
+    UsageError,
+)
 from compress.evaluate.data import request_of
 from compress.recipe import Gate, Recipe, parse_pass, read_recipe
 from compress.report import human
@@ -240,6 +247,77 @@ def test_a_second_sweep_of_one_folder_is_turned_away(
     assert seen
     assert body["points"][4]["metrics"] is not None
     assert not lock_file(out).exists()
+
+
+@pytest.fixture(scope="module")
+def finished(
+    model: Path, ids: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What `results.json` of a whole sweep holds."""
+    return _sweep(recipe, model, ids, tmp_path_factory.mktemp("finished") / "out")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metrics": [1]}, {"metrics": {}}, {"metrics": {"bytes": "x"}}, {"metrics": 7},
+        {"label": None}, {"label": [1]}, {"settings": 3}, {"key": None}, {"error": "no"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_results_that_were_changed_are_refused(
+    model: Path, ids: Path, recipe: Path, tmp_path: Path, finished: dict[str, Any],
+    change: dict[str, Any],
+) -> None:  # fmt: skip
+    out = tmp_path / "sweep"
+    out.mkdir()
+    body = json.loads(json.dumps(finished))
+    body["points"][0] |= change
+    (out / "results.json").write_text(json.dumps(body))
+    with pytest.raises(InputError, match="not the results of a sweep"):
+        _sweep(recipe, model, ids, out, resume=True)
+    assert [path.name for path in out.iterdir()] == ["results.json"]
+
+
+def test_a_folder_that_holds_no_sweep_is_left_alone(
+    model: Path, ids: Path, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    (out / ".point-dead").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"holds no sweep \(no results.json\)"):
+        _sweep(recipe, model, ids, out, resume=True)
+    assert (out / ".point-dead").exists()
+
+
+def test_files_of_a_sweep_are_not_written_through_links(
+    model: Path, ids: Path, recipe: Path, tmp_path: Path, finished: dict[str, Any]
+) -> None:
+    out, precious = tmp_path / "sweep", tmp_path / "precious"
+    out.mkdir()
+    precious.write_text("precious")
+    (out / "results.json").write_text(json.dumps(finished))
+    for name in ("sweep.svg", "best.yaml"):
+        (out / name).symlink_to(precious)
+    _sweep(recipe, model, ids, out, resume=True)
+    assert precious.read_text() == "precious"
+    assert not (out / "sweep.svg").is_symlink() and not (out / "best.yaml").is_symlink()
+
+
+def test_a_sweep_that_is_killed_in_its_first_point_can_go_on(
+    model: Path, ids: Path, recipe: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("point 1 of 6"):
+            raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        _sweep(recipe, model, ids, out, progress=stop)
+    (out / ".point-dead").mkdir()
+    body = _sweep(recipe, model, ids, out, resume=True)
+    assert body["points"][0]["metrics"] is not None
+    assert not (out / ".point-dead").exists()
 
 
 def test_no_point_passes(model: Path, ids: Path, recipe: Path, tmp_path: Path) -> None:

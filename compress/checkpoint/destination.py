@@ -10,6 +10,7 @@ from pathlib import Path
 from compress.checkpoint import manifest
 from compress.errors import InputError, ResourceError, UsageError, from_os_error, show
 
+_MAX_LEVELS = 500  # folders are made by a function that calls itself for each
 _OWN_ONLY = "--overwrite only replaces its own outputs; remove it yourself or choose another"
 
 
@@ -23,8 +24,21 @@ def lock_file(out: Path) -> Path:
     return _beside(out, ".{}.lock")
 
 
+def check_place(out: Path) -> None:
+    """Refuse an OUT that cannot be made: too deep, or below a file. Raises UsageError."""
+    if len(out.parts) > _MAX_LEVELS:
+        raise UsageError(f"output {show(str(out))}: more than {_MAX_LEVELS} folders deep")
+    parent = next((folder for folder in out.parents if os.path.lexists(folder)), None)
+    if parent is not None and not parent.is_dir():
+        raise UsageError(
+            f"output {show(str(out))}: {show(str(parent))} is not a directory",
+            hint="choose another output directory",
+        )
+
+
 def check_out(out: Path, *, overwrite: bool) -> None:
     """Refuse an OUT that exists, or that is not ours to replace. Raises UsageError."""
+    check_place(out)
     if not os.path.lexists(out):
         return
     where = f"output {show(str(out))}"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from compress.checkpoint.destination import check_place
 from compress.checkpoint.stage import Stage
 from compress.errors import CompressError, UsageError, show
 
@@ -25,6 +26,7 @@ class FileStage(Stage):
         self._is_ours = is_ours
 
     def _check_out(self) -> None:
+        check_place(self.out)
         if not os.path.lexists(self.out):
             return
         where = f"output {show(str(self.out))}"

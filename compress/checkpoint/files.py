@@ -150,6 +150,12 @@ def resolve_inside(directory: str, relative: str) -> str:
     return real
 
 
+def is_own_file(directory: Path, relative: str) -> bool:
+    """Whether `directory/relative` is a regular file, with no link on the way to it."""
+    whole = os.path.join(os.path.realpath(directory), relative)
+    return os.path.realpath(whole) == whole and os.path.isfile(whole)
+
+
 def require_plain_name(name: object, suffix: str, where: str) -> str:
     """`name` if it is a bare file name with this suffix, InputError naming `where` otherwise."""
     if not isinstance(name, str):

@@ -93,6 +93,8 @@ def _load(directory: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(body.get("format"), str) or not isinstance(body.get("files"), dict):
         raise InputError(f"{NAME}: no format or no list of files")
     for name, record in body["files"].items():
+        if not _is_place(name):
+            raise InputError(f"{NAME}: {show(name)} is no place inside of the output")
         if read_record(record) is None:
             raise InputError(f"{NAME}: no size and SHA-256 of {show(name)}")
     if not all(isinstance(body.get(part), dict) for part in ("source", "recipe", "run")):
@@ -101,6 +103,17 @@ def _load(directory: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(decoded, dict) or not all(isinstance(v, str) for v in decoded.values()):
         raise InputError(f"{NAME}: its hashes of decoded tensors are no hashes")
     return body, raw
+
+
+def _is_place(name: str) -> bool:
+    """Whether a name from a file is a plain relative path that stays below where it is joined."""
+    return (
+        name not in ("", ".")
+        and "\0" not in name
+        and not os.path.isabs(name)
+        and os.path.normpath(name) == name
+        and name.split(os.sep, maxsplit=1)[0] != os.pardir
+    )
 
 
 def read(directory: Path) -> dict[str, Any]:

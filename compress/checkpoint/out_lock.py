@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from pathlib import Path
 
 from compress.checkpoint.destination import lock_file
-from compress.errors import BusyError, show
+from compress.errors import BusyError, UsageError, show
 from compress.interrupts import deferred
 
 
@@ -25,7 +26,9 @@ class OutLock:
         self.descriptor = -1
 
     def take(self) -> None:
-        """Raises BusyError where another run holds it, OSError where the file cannot be made."""
+        """Raises BusyError where another run holds it, UsageError where something else has the
+        file's name, OSError where the file cannot be made.
+        """
         with deferred():
             self.descriptor = self._locked()
 
@@ -41,11 +44,13 @@ class OutLock:
 
     def _locked(self) -> int:
         """A holder that removed the file between two of our steps makes us try again."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         while True:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._refuse_foreign()
+            fd = os.open(self.path, flags, 0o666)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(fd), os.stat(self.path)):
+                if os.path.samestat(os.fstat(fd), os.lstat(self.path)):
                     return fd
                 os.close(fd)
             except FileNotFoundError:
@@ -58,3 +63,15 @@ class OutLock:
             except OSError:
                 os.close(fd)
                 raise
+
+    def _refuse_foreign(self) -> None:
+        """A lock is an empty file: anything else of its name is not ours to open or to remove."""
+        try:
+            status = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISREG(status.st_mode) or status.st_size:
+            raise UsageError(
+                f"{show(str(self.path))} is in the way, and no run made it",
+                hint="rename or remove it, or choose another output",
+            )

@@ -1,4 +1,4 @@
-"""Small files that a user names: the whole new content, or what was there before."""
+"""Small files of a command: the whole new content, or what was there before."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, *, is_named: bool = True) -> None:
     """Replace a file in one step. Raises OSError; the old content is then untouched.
 
-    Links, pipes and devices are written through, and so is a file in a folder that takes no other.
+    is_named  the user typed this very path: links, pipes and devices are written through, and so
+              is a file in a folder that takes no other. Otherwise they are replaced, or in the way
     """
     in_place = path.is_symlink() or (path.exists() and not path.is_file())
-    if in_place or not os.access(path.parent, os.W_OK | os.X_OK):
+    if is_named and (in_place or not os.access(path.parent, os.W_OK | os.X_OK)):
         path.write_bytes(content)
         return
     fresh = path.with_name(f".{path.name}.new")

@@ -37,7 +37,7 @@ def print_sweep(body: Mapping[str, Any], out: str, console: Console) -> None:
             Text(show(row["label"], 120)),
             human(own["bytes"]),
             f"{own['bits_per_weight']:.2f}",
-            *(f"{own[name]:.4g}" for name in (metric, *beside)),
+            *(f"{own.get(name, float('nan')):.4g}" for name in (metric, *beside)),
             mark,
         )
     console.print(table)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.checkpoint import Checkpoint, strict_json
-from compress.checkpoint.destination import refuse_overlap
+from compress.checkpoint.destination import check_place, refuse_overlap
 from compress.checkpoint.files import open_inside
 from compress.checkpoint.out_lock import OutLock
 from compress.checkpoint.small_files import write_whole
@@ -35,6 +35,7 @@ from compress.run import Progress, RunOptions, run, silent
 from compress.sweep import choice
 from compress.sweep.grid import Point
 from compress.sweep.picture import Dot, draw
+from compress.sweep.results import read_rows
 
 if TYPE_CHECKING:
     from compress.calibrate.statistics import Statistics
@@ -207,7 +208,8 @@ def _calibrated(
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """No other sweep in this folder meanwhile. Raises BusyError, ResourceError."""
+    """No other sweep in this folder meanwhile. Raises BusyError, UsageError, ResourceError."""
+    check_place(out.absolute())
     lock = OutLock(out)
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -229,30 +231,34 @@ def _open(job: Job, out: Path, resume: bool) -> dict[str, dict[str, Any]]:
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        there = resume and os.path.lexists(results)
+        is_new = not any(out.iterdir())
     except OSError as error:
         raise from_os_error(error, doing="cannot use") from error
-    if not there:
+    if is_new:
+        # From here on the folder is known as a sweep's, wherever this one is cut off.
+        _save(_body(job, [], []), out)
         return {}
+    if not os.path.lexists(results):
+        raise UsageError(
+            f"{show(str(out))} holds no sweep (no {RESULTS})", hint="choose another output"
+        )
     file = open_inside(os.path.realpath(out), RESULTS)
     try:
         body = strict_json.loads(file.read_all(_MAX_RESULTS), str(results))
     finally:
         file.close()
-    try:
-        key, rows = body["key"], body["points"]
-        kept = {str(row["key"]): dict(row) for row in rows if row["metrics"] is not None}
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{show(str(results))}: not the results of a sweep") from error
-    if key != _key(job):
+    needed = {"bits_per_weight", job.metric, *(gate.metric for gate in job.recipe.gates)}
+    kept = read_rows(body, needed)
+    if kept is None:
+        raise InputError(
+            f"{show(str(results))}: not the results of a sweep", hint="choose another output"
+        )
+    if body["key"] != _key(job):
         raise UsageError(
             f"{show(str(out))} holds a sweep of another model, data or version",
             hint="choose another output",
         )
     _remove_left(out)
-    for row in kept.values():
-        row.pop("number", None)
-        row["metrics"] = {n: float("nan") if v is None else v for n, v in row["metrics"].items()}
     return kept
 
 
@@ -304,7 +310,7 @@ def _save(body: dict[str, Any], out: Path) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     try:
-        write_whole(path, content)
+        write_whole(path, content, is_named=False)
     except OSError as error:
         raise from_os_error(error, doing="cannot write") from error
 
