@@ -298,7 +298,7 @@ TURN = node("Transpose", "w", "t", perm=[1, 0])
         ([node("MatMul", "x w", "s"), TURN, node("MatMul", "s t")], (4, 4), "unclear"),
         ([node("MatMul", "x w", "s"), node("Identity", "w")], (4, 4), "unclear"),  # y is w itself
         ([node("MatMul", "x w", "s"),
-          node("If", "c", then_branch=BRANCH, else_branch=BRANCH)], (4, 4), "unclear"),
+          node("If", "x", then_branch=BRANCH, else_branch=BRANCH)], (4, 4), "unclear"),
         ([helper.make_node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft")],
          (4, 4), "unclear"),
         # Vectors:

@@ -30,6 +30,7 @@ from compress.checkpoint.onnx_tensors import (
 )
 from compress.checkpoint.onnx_uses import Weight, weights_of_graph
 from compress.checkpoint.onnx_wire import DOUBLES, FLOATS, RAW, SMALL, Scan, Scanned, Span
+from compress.checkpoint.skeleton_checks import check_lowerable
 from compress.errors import InputError, ResourceError, UsageError, show
 from compress.tensor import FLOAT_TAGS, Role, TensorInfo
 
@@ -102,6 +103,8 @@ def _read(file: InputFile, directory: str, *, allow_quantized: bool, only_check:
     try:
         model = parse(scan.model, where)
         check_model(model, where)
+        if not only_check:
+            check_lowerable(model, where)
         if not allow_quantized:
             refuse_coded(model, where)
         return reader.read(model, scan.initializers)

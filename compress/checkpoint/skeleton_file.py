@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from compress.checkpoint import skeleton
 from compress.checkpoint.files import open_inside
-from compress.errors import InputError, show
+from compress.errors import show
 from compress.tensor import TensorInfo
 
 MAX_BYTES = 512 << 20
@@ -18,22 +18,15 @@ def read_skeleton(directory: str) -> bytes:
 
     What an .onnx file is checked for is checked again: the file may come from a stranger.
     """
-    from compress.checkpoint.onnx_checks import check_model
     from compress.checkpoint.onnx_file import parse
+    from compress.checkpoint.skeleton_checks import check_skeleton
 
     file = open_inside(directory, skeleton.FILE)
     try:
         raw = file.read_all(MAX_BYTES)
     finally:
         file.close()
-    model = parse(raw, show(skeleton.FILE))
-    check_model(model, show(skeleton.FILE), is_skeleton=True)
-    for tensor in model.graph.initializer:
-        if tensor.data_location == 1 and not skeleton.is_weight(tensor):
-            raise InputError(
-                f"{skeleton.FILE}: tensor {show(tensor.name)}: its data is said to lie elsewhere",
-                hint="the file was changed: see compress verify",
-            )
+    check_skeleton(parse(raw, show(skeleton.FILE)), show(skeleton.FILE))
     return raw
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from compress.checkpoint import skeleton
 from compress.checkpoint.files import open_inside
-from compress.checkpoint.onnx_checks import check_model
 from compress.checkpoint.onnx_file import OnnxFile, check_onnx, parse, read_onnx
 from compress.checkpoint.onnx_uses import weights_of_graph
+from compress.checkpoint.skeleton_checks import check_skeleton
 from compress.errors import InputError
 from compress.tensor import DTYPES
 from fuzz.checks import Folder, outcome, require
@@ -93,7 +93,7 @@ def _check(found: OnnxFile) -> None:
     for text in found.warnings:
         require(text.isascii() and text.isprintable() and NAME in text, "a warning unfit to print")
     model = parse(found.graph, NAME)
-    check_model(model, NAME, is_skeleton=True)
+    check_skeleton(model, NAME)
     weights = skeleton.weights_of(model)
     require(set(weights) <= set(names), "a weight that is no tensor")
     require(set(weights_of_graph(model)) >= set(weights), "a weight without a role")
