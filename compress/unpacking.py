@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import Checkpoint, manifest, open_checkpoint
+from compress.checkpoint import Checkpoint, manifest, open_checkpoint, skeleton
 from compress.checkpoint.destination import refuse_overlap
 from compress.checkpoint.manifest import FileRecord
 from compress.checkpoint.stage import Stage, staged
@@ -96,7 +96,7 @@ def _write_graph(graph: bytes, stage: Stage) -> FileRecord:
     model = ModelProto()
     model.ParseFromString(graph)
     with open_checkpoint(stage.path) as plain:
-        lowered = lower(model, of_output(plain), Style())
+        lowered = lower(model, of_output(plain), Style(), skeleton.FILE)
     return stage.write_file("model.onnx", lowered.model.SerializeToString())
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from compress.checkpoint import Checkpoint, skeleton
 from compress.checkpoint.manifest import FileRecord
 from compress.checkpoint.stage import Stage
-from compress.errors import InputError, ResourceError
+from compress.errors import InputError, ResourceError, show
 from compress.export_onnx.builder import DATA_FILE
 from compress.export_onnx.data_file import write_data
 from compress.export_onnx.lowering import Lowered, lower
@@ -31,6 +31,7 @@ from compress.export_onnx.parity import (
     made_up_feeds,
     reference_graph,
     remove_folder,
+    require_moderate,
     smallest_table,
 )
 from compress.export_onnx.stored import of_layout, of_output
@@ -58,11 +59,13 @@ class Prepared:
     graph   the skeleton (ModelProto)
     task    "decoder", "encoder" or "classifier" of transformers; "graph" for an .onnx file;
             "module" for a user's own
+    called  the file that the graph was read from; None for a captured one
     """
 
     graph: Any
     task: str
     options: ExportOptions
+    called: str | None = None
 
     def size(self, plan: Plan, end: int = 1) -> int:
         """Bytes of the two files for the output of a plan, its open ranges closed at one end.
@@ -70,7 +73,8 @@ class Prepared:
         Ranges of activations, which are measured, are not counted.
         """
         layout = plan.layout(end)
-        lowered = lower(self.graph, of_layout(layout, plan.format.name), self.options.style)
+        weights = of_layout(layout, plan.format.name)
+        lowered = lower(self.graph, weights, self.options.style, self.called)
         return len(lowered.model.SerializeToString()) + lowered.data_bytes
 
     def disk(self, plan: Plan) -> int:
@@ -111,7 +115,9 @@ def prepare(
 
         graph = ModelProto()
         graph.ParseFromString(checkpoint.graph)
-        return Prepared(graph, GRAPH, options)
+        source = checkpoint.graph_path
+        called = skeleton.FILE if source is None else source.name
+        return Prepared(graph, GRAPH, options, called)
     if options.module is not None:
         from compress.export_onnx.capture_module import capture_module
 
@@ -149,7 +155,7 @@ def export_into(
     with ExitStack() as stack:
         output = weights or stack.enter_context(open_any(stage.path))
         progress(_STEP, 0, 3)
-        lowered = lower(prepared.graph, of_output(output), options.style)
+        lowered = lower(prepared.graph, of_output(output), options.style, prepared.called)
         model = lowered.model
         files: dict[str, FileRecord] = {}
         if lowered.data_bytes:
@@ -309,7 +315,9 @@ def _prove_graph(
     folder = stage.folder / "reference"
     try:
         path = reference_graph(prepared.graph, in_float32(output), folder)
-        reference = Onnx(path, called="the source's graph")
+        where = prepared.called or skeleton.FILE
+        reference = Onnx(path, called=where)
+        require_moderate(reference, show(where))
         names = [o.name for o in reference.session.get_outputs() if o.type in _REAL]
         if not names:
             raise InputError(
@@ -340,7 +348,8 @@ def _graph_feeds(
     if "input_ids" in runner.inputs:
         ids = np.random.default_rng(0).integers(0, smallest_table(prepared.graph), (2, 12))
         return [runner.feed({"input_ids": ids})], "random"
-    return made_up_feeds(runner, smallest_table(prepared.graph), names), "random"
+    where = show(prepared.called or skeleton.FILE)
+    return made_up_feeds(runner, where, smallest_table(prepared.graph), names), "random"
 
 
 # -- the report --------------------------------------------------------------------------------

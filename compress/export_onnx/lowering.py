@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.checkpoint import skeleton
-from compress.checkpoint.skeleton import TYPES
+from compress.checkpoint.skeleton import TAGS, TYPES
 from compress.errors import InputError, show
 from compress.export_onnx.builder import (
     FLOAT,
@@ -29,11 +29,13 @@ from compress.export_onnx.builder import (
 )
 from compress.export_onnx.matrices import SPREAD_OPSET, Matrix, opset_of
 from compress.export_onnx.operators import Operators, give_name
+from compress.export_onnx.options import OPSET
 from compress.export_onnx.stored import Weights
 from compress.export_onnx.style import Style
 from compress.export_onnx.uses import use_of
 from compress.formats.base import MODEL, Entry
 from compress.formats.onnx_forms import Kind
+from compress.tensor import FLOAT_TAGS
 
 _BLOCK_TYPES = (FLOAT, FLOAT16)  # of activations that the block operators take
 
@@ -52,12 +54,19 @@ class Lowered:
     facts: Facts
 
 
-def lower(graph: Any, weights: Weights, style: Style) -> Lowered:
+def lower(graph: Any, weights: Weights, style: Style, called: str | None = None) -> Lowered:
     """Turn a skeleton (ModelProto) into the graph that reads an output's weights.
 
-    Raises InputError where the graph names a weight that the output has not, or of another shape.
+    called  the file that the graph was read from, which errors name; None for a captured one
+    Raises InputError where the graph names a weight that the output has not, of another shape, or
+    as integers where it holds floats.
     """
-    return _Lowering(graph, weights, style).run()
+    try:
+        return _Lowering(graph, weights, style).run()
+    except InputError as error:
+        if called is None:
+            raise
+        raise InputError(f"{show(called)}: {error.message}", hint=error.hint) from error
 
 
 class _Lowering:
@@ -73,6 +82,8 @@ class _Lowering:
         self.outer = self.model.graph
         self.matrices: dict[str, Matrix] = {}
         self.narrow: dict[str, str] = {}  # weights as they are stored, behind no Cast
+        if all(o.domain not in ("", "ai.onnx") for o in self.model.opset_import):
+            self.model.opset_import.add(version=OPSET)  # of the operators that are put in
         self.opset = _opset(self.model)
 
     def run(self) -> Lowered:
@@ -123,6 +134,12 @@ class _Lowering:
             raise InputError(
                 f"the graph reads the weight {show(name)} as {list(tensor.dims)}, the weight files"
                 f" hold {list(info.shape)}"
+            )
+        if (TAGS.get(tensor.data_type) in FLOAT_TAGS) != (info.dtype in FLOAT_TAGS):
+            wanted = TAGS.get(tensor.data_type, f"data type {tensor.data_type}")
+            raise InputError(
+                f"the graph reads the weight {show(name)} as {wanted}, the weight files hold"
+                f" {show(info.dtype)}"
             )
 
     def _obstacle(self, matrix: Matrix, nodes: Sequence[Any], *, is_inside: bool) -> str | None:
@@ -294,8 +311,7 @@ def _names(model: Any) -> set[str]:
 
 
 def _opset(model: Any) -> int:
-    found = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    return int(found[0]) if found else 1
+    return int(next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx")))
 
 
 def _is_matrix(matrix: Matrix) -> bool:

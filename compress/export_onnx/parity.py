@@ -6,6 +6,7 @@ graph with exact products, which shows whether weights and operators are right.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 
 from compress.checkpoint import Checkpoint, skeleton
 from compress.checkpoint.onnx_direct import in_standard_operators
-from compress.checkpoint.skeleton import TYPES
+from compress.checkpoint.skeleton import TAGS
 from compress.errors import InputError, show
 from compress.export_onnx.pieces import in_pieces
 from compress.tensor import DTYPES, Array
@@ -30,6 +31,7 @@ _SEED = 20260101
 _BATCH = 2
 _LENGTHS = (12, 64, 224)  # short as a sentence, then as a small and a usual image
 _CHUNK = 1 << 20
+_MOST = 1 << 28  # random numbers of all inputs together
 Feed = Mapping[str, Array]
 
 
@@ -140,18 +142,21 @@ def exact_twin(model: Any) -> bytes | None:
     return bytes(twin.SerializeToString())
 
 
-def made_up_feeds(runner: Onnx, ids_below: int, names: Sequence[str]) -> list[Feed]:
+def made_up_feeds(runner: Onnx, where: str, ids_below: int, names: Sequence[str]) -> list[Feed]:
     """One feed of random numbers for a graph whose inputs are not known by name.
 
+    where      the file of the graph, safe to print
     ids_below  the smallest table that ids may be looked up in
     names      the outputs that it has to give
     Axes of any size get the first of `_LENGTHS` that the graph runs on. Raises InputError where it
-    runs on none, and for an input type that no numbers can be made up for.
+    runs on none, for an input type that no numbers can be made up for, and for inputs of more than
+    `_MOST` numbers.
     """
     why = ""
     for length in _LENGTHS:
-        feed = _made_up(runner, ids_below, length)
         try:
+            require_moderate(runner, where, length)
+            feed = _made_up(runner, ids_below, length)
             runner.outputs_of(feed, names)
         except InputError as error:
             why = why or error.message
@@ -168,8 +173,7 @@ def _made_up(runner: Onnx, ids_below: int, length: int) -> Feed:
     rng = np.random.default_rng(_SEED)
     feed: dict[str, Array] = {}
     for name, spec in runner.inputs.items():
-        free = [length if axis else _BATCH for axis in range(len(spec.shape))]
-        shape = [n if isinstance(n, int) else free[axis] for axis, n in enumerate(spec.shape)]
+        shape = _shape(spec, length)
         kind = np.dtype(runner.dtype_of(spec))
         if kind == np.bool_ or "mask" in name:
             feed[name] = np.ones(shape, kind)
@@ -178,6 +182,30 @@ def _made_up(runner: Onnx, ids_below: int, length: int) -> Feed:
         else:
             feed[name] = rng.standard_normal(shape).astype(kind)
     return feed
+
+
+def require_moderate(runner: Onnx, where: str, length: int = 1) -> None:
+    """Raises InputError for a graph whose inputs would be more than `_MOST` numbers.
+
+    where   the file of the graph, safe to print
+    length  of axes of any size behind the first one
+    """
+    total = 0
+    for name, spec in runner.inputs.items():
+        shape = _shape(spec, length)
+        total += math.prod(shape)
+        if total > _MOST:
+            raise InputError(
+                f"{where}: its inputs, {show(name)} {shape} among them, are more than {_MOST:,}"
+                " numbers, which the proof would have to make up",
+                hint="export the model with smaller inputs, or with axes of any size",
+            )
+
+
+def _shape(spec: Any, length: int) -> list[int]:
+    """The shape of an input with its open axes closed."""
+    free = [length if axis else _BATCH for axis in range(len(spec.shape))]
+    return [n if isinstance(n, int) and n >= 0 else free[a] for a, n in enumerate(spec.shape)]
 
 
 def reference_graph(graph: Any, checkpoint: Checkpoint, folder: Path) -> Path:
@@ -193,8 +221,8 @@ def reference_graph(graph: Any, checkpoint: Checkpoint, folder: Path) -> Path:
         for name, tensor in skeleton.weights_of(model).items():
             info = checkpoint.info(name)
             values = checkpoint.read(info)
-            wanted = next(tag for tag, number in TYPES.items() if number == tensor.data_type)
-            data = np.ascontiguousarray(values.astype(DTYPES[wanted], copy=False))
+            wanted = DTYPES[TAGS[tensor.data_type]]  # others were refused with the graph
+            data = np.ascontiguousarray(values.astype(wanted, copy=False))
             file.write(data.reshape(-1).view(np.uint8).data)
             del tensor.external_data[:]
             for key, value in (

@@ -45,7 +45,12 @@ def use_of(node: Any, info: TensorInfo) -> Use:
             return Use("linear", node.input[0], node.input[2] if len(node.input) > 2 else "")
     if node.op_type == "Conv" and places == [1] and role is Role.CONV:
         return Use("conv", node.input[0], node.input[2] if len(node.input) > 2 else "")
-    if node.op_type == "Gather" and places == [0] and integer(attributes, "axis", 0) == 0:
+    if (
+        node.op_type == "Gather"
+        and places == [0]
+        and len(node.input) == 2
+        and integer(attributes, "axis", 0) == 0
+    ):
         return Use("gather" if not is_transposed else "", node.input[1])
     return Use("")
 

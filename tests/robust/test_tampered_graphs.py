@@ -188,3 +188,60 @@ def test_a_source_is_held_to_the_same(tmp_path: Path, change: Change) -> None:
     path.write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match=r"^model\.onnx: "):
         open_checkpoint(path)
+
+
+# -- the export and its proof ----------------------------------------------------------------------
+
+
+def _vast(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1 << 40
+
+
+def test_the_proof_makes_up_no_vast_inputs(honest: Path, tmp_path: Path) -> None:
+    out = tampered(honest, tmp_path / "out", _vast)
+    message = refused(out, tmp_path / "graph", export)
+    assert "its inputs, x [1099511627776, 64] among them, are more than 268,435,456" in message
+
+
+def test_many_open_axes_take_no_more(honest: Path, tmp_path: Path) -> None:
+    """Lengths are tried until the graph runs; the longest of five open axes would be 20 GB."""
+    names = ["a", "b", "c", "d", "e"]
+
+    def change(model: Any) -> None:
+        value = onnx.helper.make_tensor_value_info("wide", onnx.TensorProto.FLOAT, names)
+        model.graph.input.append(value)
+        shape = onnx.numpy_helper.from_array(np.array([7], np.int64), "seven")
+        model.graph.initializer.append(shape)
+        model.graph.node.append(onnx.helper.make_node("Reshape", ["wide", "seven"], ["never"]))
+
+    out = tampered(honest, tmp_path / "out", change)
+    assert "onnxruntime cannot run it" in refused(out, tmp_path / "graph", export)
+
+
+def test_a_conversion_that_onnx_refuses_is_an_input_error() -> None:
+    from compress.export_onnx.opset import raised
+
+    value = onnx.helper.make_tensor_value_info
+    node = onnx.helper.make_node("Relu", ["x"], ["q"])
+    graph = onnx.helper.make_graph([node], "g", [value("x", 1, [1])], [value("y", 1, [1])])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 11)])
+    with pytest.raises(InputError, match="cannot be raised to opset 21"):
+        raised(model, 21)
+
+
+def test_a_graph_of_onnxruntimes_own_operators_gets_an_opset(honest: Path, tmp_path: Path) -> None:
+    """What is put into it are operators of ONNX itself."""
+
+    def change(model: Any) -> None:
+        del model.graph.node[:-1]
+        model.graph.node[-1].input[0] = "r"
+        made = onnx.helper.make_node("FusedMatMul", ["x", "first"], ["r"], domain="com.microsoft")
+        model.graph.node.insert(0, made)
+        kept = [o for o in model.opset_import if o.domain == "compress"]
+        del model.opset_import[:]
+        model.opset_import.extend([*kept, onnx.helper.make_opsetid("com.microsoft", 1)])
+
+    out = tampered(honest, tmp_path / "out", change)
+    export(out, tmp_path / "graph")
+    made = onnx.load(tmp_path / "graph" / "model.onnx", load_external_data=False)
+    assert {o.domain for o in made.opset_import} == {"", "com.microsoft"}
