@@ -86,9 +86,13 @@ def _open(out: Path) -> Checkpoint:
 
 
 def _write_graph(graph: bytes, stage: Stage) -> FileRecord:
-    """The graph of the .onnx file that the output was made from, over the plain weights."""
+    """The graph of the .onnx file that the output was made from, over the plain weights.
+
+    Raises InputError where no runtime would load it: the graph may be a stranger's.
+    """
     from onnx import ModelProto
 
+    from compress.export_onnx.loading import require_loadable
     from compress.export_onnx.lowering import lower
     from compress.export_onnx.stored import of_output
     from compress.export_onnx.style import Style
@@ -97,7 +101,9 @@ def _write_graph(graph: bytes, stage: Stage) -> FileRecord:
     model.ParseFromString(graph)
     with open_checkpoint(stage.path) as plain:
         lowered = lower(model, of_output(plain), Style(), skeleton.FILE)
-    return stage.write_file("model.onnx", lowered.model.SerializeToString())
+    record = stage.write_file("model.onnx", lowered.model.SerializeToString())
+    require_loadable(stage.path / "model.onnx", skeleton.FILE)
+    return record
 
 
 def _write(checkpoint: Checkpoint, stage: Stage, progress: Progress) -> dict[str, FileRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,85 @@ def test_a_source_is_held_to_the_same(tmp_path: Path, change: Change) -> None:
     path.write_bytes(model.SerializeToString())
     with pytest.raises(InputError, match=r"^model\.onnx: "):
         open_checkpoint(path)
+
+
+# -- what only a runtime sees, when the weights are in place ---------------------------------------
+
+
+def _half(model: Any) -> None:
+    model.graph.initializer[0].data_type = onnx.TensorProto.FLOAT16
+
+
+def _other_matrix(model: Any) -> None:
+    model.graph.node[0].input[1] = "second"
+
+
+def _text(model: Any) -> None:
+    model.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.STRING
+
+
+def _old_cast(model: Any) -> None:
+    """A function's name where opset 1 wants the number of a type."""
+    model.opset_import[0].version = 1
+    cast = onnx.helper.make_node("Cast", ["x"], ["c"], to="NOTHING")
+    model.graph.node.insert(0, cast)
+    model.graph.node[1].input[0] = "c"
+
+
+UNLOADABLE: dict[str, tuple[Change, str]] = {
+    "integers for floats": (_data_type(7), "reads the weight first as I64"),
+    "half for single": (_half, "bound to different types"),
+    "a matrix that does not fit": (_other_matrix, "Incompatible dimensions"),
+    "an input of text": (_text, "tensor(string)"),
+    "a cast to no type": (_old_cast, "does not load it"),
+}
+
+
+@pytest.mark.parametrize("name", UNLOADABLE)
+def test_unpack_publishes_no_graph_that_cannot_be_loaded(
+    honest: Path, tmp_path: Path, name: str
+) -> None:
+    change, message = UNLOADABLE[name]
+    out = tampered(honest, tmp_path / "out", change)
+    assert message in refused(out, tmp_path / "plain", unpack_output, fsync=False)
+
+
+def _without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+
+def test_without_onnxruntime_the_checker_decides(
+    honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_onnxruntime(monkeypatch)
+    out = tampered(honest, tmp_path / "out", _other_matrix)
+    assert "package onnx" in refused(out, tmp_path / "plain", unpack_output, fsync=False)
+    unpack_output(honest, tmp_path / "plain", fsync=False)
+    assert (tmp_path / "plain" / "model.onnx").is_file()
+
+
+def _bfloat16(model: Any) -> None:
+    """No processor has a kernel for it: the graph is right all the same."""
+    for value in (model.graph.input[0], model.graph.output[0]):
+        value.type.tensor_type.elem_type = onnx.TensorProto.BFLOAT16
+    for tensor in model.graph.initializer:
+        tensor.data_type = onnx.TensorProto.BFLOAT16
+
+
+def _unheard_of(model: Any) -> None:
+    """An operator of a newer onnxruntime."""
+    made = onnx.helper.make_node("NewerThanThis", ["x"], ["n"], domain="com.microsoft")
+    model.graph.node.append(made)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+
+
+@pytest.mark.parametrize("change", [_bfloat16, _unheard_of])
+def test_what_this_machine_cannot_run_is_unpacked(
+    honest: Path, tmp_path: Path, change: Change
+) -> None:
+    out = tampered(honest, tmp_path / "out", change)
+    unpack_output(out, tmp_path / "plain", fsync=False)
+    onnx.checker.check_model(str(tmp_path / "plain" / "model.onnx"), full_check=True)
 
 
 # -- the export and its proof ----------------------------------------------------------------------
