@@ -36,6 +36,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.calibrate.soundness import wrong_inputs, wrong_values
 from compress.checkpoint import Checkpoint, open_checkpoint, strict_json
 from compress.errors import CompressError, InputError, UsageError, show
 from compress.tensor import Array, TensorInfo
@@ -56,6 +57,7 @@ TENSOR_KINDS = frozenset({OUTPUT_FISHER})
 KINDS = SITE_KINDS | TENSOR_KINDS | {INPUTS}
 # What is at hand without being collected: a diagonal lies in its matrix.
 _IMPLIED = {DIAGONAL: SECOND_MOMENT}
+_LARGEST_NUMBER = 1 << 63  # of a count, a site or a block
 
 Matrix = NDArray[np.float32]
 
@@ -98,9 +100,7 @@ class Record:
             "engine": self.engine,
             "kinds": sorted(self.kinds),
             "data": dict(self.data),
-            "sites": [
-                [s.number, list(s.tensors), s.count, s.held_out_count, s.blocks] for s in self.sites
-            ],
+            "sites": [spell_site(site) for site in self.sites],
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
@@ -198,8 +198,12 @@ class TensorStatistics:
         if self.site is None or not self._has(kind):
             return self._other(kind)._read(kind, dimensions)
         values = self._owner.array(self.site.key(kind))
-        columns = self._info.matrix_shape[1]
+        rows, columns = self._info.matrix_shape
         wanted = (self.site.blocks, columns, columns)[:dimensions]
+        if rows % self.site.blocks:
+            raise self._owner.damaged(
+                f"{kind} of {show(self._info.name)}: {rows} rows are not {self.site.blocks} blocks"
+            )
         if values.shape != wanted:
             raise self._owner.damaged(
                 f"{kind} of {show(self._info.name)} is {list(values.shape)}, not {list(wanted)}"
@@ -224,6 +228,7 @@ class Statistics:
         self._arrays = {info.name: info for info in checkpoint.infos()}
         self._kept: dict[str, Array] = {}
         self._lock = Lock()
+        self._config: Mapping[str, Any] | None = None  # of the model, once it was seen
         self.beneath: Statistics | None = None  # answers for tensors and kinds that are not here
 
     def __enter__(self) -> Statistics:
@@ -250,15 +255,21 @@ class Statistics:
         return 0 if info is None else info.nbytes
 
     def array(self, name: str) -> Matrix:
-        """An array, finite float32, read-only. Raises InputError where it is not."""
+        """An array, float32, read-only. Raises InputError where it cannot be what its name says."""
         with self._lock:
             if name in self._kept:
                 return self._kept[name]
         values = self._checkpoint.read(self._arrays[name])
         if values.dtype != np.float32:
             raise self.damaged(f"{show(name)} is {values.dtype}, not float32")
-        if not np.isfinite(values).all():
-            raise self.damaged(f"{show(name)} is not finite")
+        kind = name.rpartition("/")[2]
+        wrong = wrong_values(
+            values,
+            moment=kind in (SECOND_MOMENT, HELD_OUT),
+            squares=kind in (DIAGONAL, OUTPUT_FISHER),
+        )
+        if wrong is not None:
+            raise self.damaged(f"{show(name)} {wrong}")
         values.flags.writeable = False
         with self._lock:
             while len(self._kept) >= 2:
@@ -271,13 +282,20 @@ class Statistics:
 
         `input_ids` int32 [samples, longest], -1 beyond the end of a shorter sample; or `images`
         uint8 [samples, height, width, channels], perhaps with `labels`.
-        `compress.calibrate.inputs.batches_of` makes batches without padding of them.
+        `compress.calibrate.inputs.batches_of` makes batches without padding of them. Raises
+        InputError for anything else, and for ids that the model does not have (the one that
+        `check_model` saw last).
         """
-        return {
+        found = {
             name.removeprefix("inputs/"): self._checkpoint.read(info)
             for name, info in self._arrays.items()
             if name.startswith("inputs/")
         }
+        if found or INPUTS in self.record.kinds:
+            wrong = wrong_inputs(found, self._config)
+            if wrong is not None:
+                raise self.damaged(wrong)
+        return found
 
     def check_model(self, model: Checkpoint) -> None:
         """Raises UsageError where these are the statistics of another model."""
@@ -286,6 +304,7 @@ class Statistics:
                 f"{show(str(self.path))}: statistics of another model than {show(str(model.path))}",
                 hint="calibrate this model: compress calibrate MODEL --for RECIPE --text F",
             )
+        self._config = model.config
 
     def damaged(self, what: str) -> InputError:
         """The error for content that does not fit."""
@@ -324,16 +343,46 @@ def _parse(raw: str, where: str) -> Record:
                 f" this program reads up to {VERSION}",
                 hint="another version of this program wrote it: calibrate again",
             )
-        sites = tuple(
-            Site(int(n), tuple(str(t) for t in tensors), int(count), int(held), int(blocks))
-            for n, tensors, count, held, blocks in body["sites"]
-        )
+        if not isinstance(body["data"], dict):
+            raise TypeError("data")
         return Record(
-            str(body["fingerprint"]), str(body["engine"]), sites,
-            frozenset(str(k) for k in body["kinds"]), dict(body["data"]),
-        )  # fmt: skip
+            _text(body["fingerprint"]),
+            _text(body["engine"]),
+            tuple(parse_site(site) for site in _listed(body["sites"])),
+            frozenset(_text(kind) for kind in _listed(body["kinds"])),
+            body["data"],
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{show(where)}: its record of statistics is damaged") from error
+        raise InputError(
+            f"{show(where)}: its record of statistics is damaged", hint="calibrate again"
+        ) from error
+
+
+def spell_site(site: Site) -> list[Any]:
+    """A site as JSON."""
+    return [site.number, list(site.tensors), site.count, site.held_out_count, site.blocks]
+
+
+def parse_site(spelled: Any) -> Site:
+    """What `spell_site` spelled. Raises TypeError or ValueError for anything else."""
+    number, tensors, count, held_out_count, blocks = _listed(spelled)
+    for value, least in ((number, 0), (count, 0), (held_out_count, 0), (blocks, 1)):
+        if type(value) is not int or not least <= value <= _LARGEST_NUMBER:
+            raise ValueError("a number of a site")
+    names = tuple(_text(name) for name in _listed(tensors))
+    return Site(number, names, count, held_out_count, blocks)
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError("not a list")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
 
 
 def missing_kinds(statistics: TensorStatistics, kinds: Iterable[str]) -> list[str]:

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from compress.calibrate.collect import SiteSums
+from compress.calibrate.soundness import LARGEST, largest
 from compress.calibrate.statistics import HELD_OUT, KEY, Record, Site, open_statistics
 from compress.checkpoint.file_stage import FileStage
 from compress.checkpoint.files import open_inside
 from compress.checkpoint.writer import header_bytes, nbytes_of
-from compress.errors import InputError, ResourceError, from_os_error
+from compress.errors import InputError, ResourceError, from_os_error, show
 from compress.tensor import Array
 
 _STATE = ".calibration.json"
@@ -114,16 +115,20 @@ class StatisticsWriter:
         site = Site(number, tuple(tensors), sums.count, sums.held_out_count, sums.blocks)
         for kind in sorted(sums.kinds):
             if sums.held_out_count if kind == HELD_OUT else sums.count:
-                self._add(site.key(kind), "F32", sums.shape(kind), sums.pieces(kind))
+                pieces = (_bounded(p, "inputs", tensors[0]) for p in sums.pieces(kind))
+                self._add(site.key(kind), "F32", sums.shape(kind), pieces)
         self._state.sites.append(site)
 
     def add_site_array(self, kind: str, values: Array) -> None:
         """Append another array of the site that was added last."""
-        self._add(self._state.sites[-1].key(kind), "F32", values.shape, [values])
+        site = self._state.sites[-1]
+        pieces = [_bounded(values, "inputs", site.tensors[0])]
+        self._add(site.key(kind), "F32", values.shape, pieces)
 
     def add_tensor(self, tensor: str, kind: str, values: Array) -> None:
         """Append an array of one tensor: its `output_fisher` [rows]."""
-        self._add(f"tensor/{tensor}/{kind}", "F32", values.shape, [values.astype(np.float32)])
+        pieces = [_bounded(values.astype(np.float32), "gradients", tensor)]
+        self._add(f"tensor/{tensor}/{kind}", "F32", values.shape, pieces)
 
     def commit(self, step: str, files: Iterable[str] = ()) -> None:
         """The step is done: a resumed calibration goes on behind it.
@@ -231,6 +236,18 @@ def header_room(tensors: Iterable[str], data: Mapping[str, Any]) -> int:
 
 def _kind(name: str) -> str:
     return name.rpartition("/")[2]
+
+
+def _bounded(values: Array, what: str, tensor: str) -> Array:
+    """The means as they are. Raises InputError for those that nothing could be made of."""
+    most = largest(values)
+    if not most <= LARGEST:
+        raise InputError(
+            f"tensor {show(tensor)}: the mean of products of its {what} reaches {most:.3g}, more"
+            f" than {LARGEST:.0e}",
+            hint="the model overflows on these inputs: leave the tensor out with ignore",
+        )
+    return values
 
 
 def _is_ours(path: Path) -> None:
