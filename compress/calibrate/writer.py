@@ -9,41 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from compress.calibrate.collect import SiteSums
+from compress.calibrate.left_state import STATE, TAGS, State, open_own, read_state, sha256_of
 from compress.calibrate.soundness import LARGEST, largest
 from compress.calibrate.statistics import HELD_OUT, KEY, Record, Site, open_statistics
 from compress.checkpoint.file_stage import FileStage
-from compress.checkpoint.files import open_inside
 from compress.checkpoint.writer import header_bytes, nbytes_of
-from compress.errors import InputError, ResourceError, from_os_error, show
+from compress.errors import InputError, from_os_error, show
 from compress.tensor import Array
 
-_STATE = ".calibration.json"
-_MAX_STATE = 1 << 28
 _CHUNK = 1 << 20
-_TAGS = {"float32": "F32", "int32": "I32", "int64": "I64", "uint8": "U8"}
-Spec = tuple[str, str, tuple[int, ...]]
-
-
-@dataclass
-class _State:
-    """What is in the file so far."""
-
-    steps: list[str] = field(default_factory=list)
-    end: int = 0  # of the data, in bytes
-    sha256: str = ""  # of the data
-    specs: list[Spec] = field(default_factory=list)
-    sites: list[Site] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)  # files of the run itself: name -> SHA-256
 
 
 class StatisticsWriter:
@@ -63,16 +45,17 @@ class StatisticsWriter:
     ) -> None:  # fmt: skip
         self._stage = FileStage(out, overwrite=overwrite, is_ours=_is_ours, fsync=fsync)
         self._room = room
-        self._state = _State()
+        self._state = State()
         self._digest = hashlib.sha256()
         try:
             kept = self._stage.open(key=key, resume=resume)
-            if not (kept and self._take_up()):
+            taken = self._take_up() if kept else None
+            if taken is None:
                 self._stage.keep_only(set())
-                self._state = _State()
+                self._state = State()
                 self._digest = hashlib.sha256()
-            fresh = not self._state.steps
-            self._file = open(self._stage.file, "wb" if fresh else "r+b")  # noqa: SIM115
+                taken = open(self._stage.file, "xb")  # noqa: SIM115
+            self._file: BinaryIO = taken
             self._file.truncate(room + self._state.end)
             self._file.seek(room + self._state.end)
         except OSError as error:
@@ -140,10 +123,9 @@ class StatisticsWriter:
         state = self._state
         state.steps.append(step)
         state.sha256 = self._digest.copy().hexdigest()
-        state.kept = {name: _sha256(self.folder / name) for name in files}
-        body = json.dumps(_spell(state)).encode()
-        self._stage.write_own(_STATE, hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        self._stage.keep_only({_STATE, self._inside(), *state.kept})
+        state.kept = {name: sha256_of(self.folder, name) for name in files}
+        self._stage.write_own(STATE, state.to_bytes())
+        self._stage.keep_only({STATE, self._inside(), *state.kept})
 
     # ------------------------------------------------------------ for the driver
 
@@ -168,7 +150,7 @@ class StatisticsWriter:
     def add_inputs(self, arrays: Mapping[str, Array]) -> None:
         """Append what the model was given."""
         for name, values in sorted(arrays.items()):
-            self._add(f"inputs/{name}", _TAGS[values.dtype.name], values.shape, [values])
+            self._add(f"inputs/{name}", TAGS[values.dtype.name], values.shape, [values])
 
     def finish(self, record: Record) -> None:
         """Fill in the header and give the file its name."""
@@ -204,25 +186,30 @@ class StatisticsWriter:
     def _inside(self) -> str:
         return f"{self._stage.path.name}/{self._stage.file.name}"
 
-    def _take_up(self) -> bool:
-        """Whether what was committed is there and unchanged; the state and digest are then its."""
-        state = _read_state(self.folder)
+    def _take_up(self) -> BinaryIO | None:
+        """The open file, if what was committed is there and unchanged; else None.
+
+        The state and the digest are then its.
+        """
+        state = read_state(self.folder)
         if state is None:
-            return False
-        with suppress(OSError):
-            if any(_sha256(self.folder / n) != digest for n, digest in state.kept.items()):
-                return False
-            with open(self._stage.file, "rb") as file:
-                file.seek(self._room)
-                left = state.end
-                while left and (chunk := file.read(min(_CHUNK, left))):
-                    self._digest.update(chunk)
-                    left -= len(chunk)
+            return None
+        with suppress(OSError), ExitStack() as stack:
+            if any(sha256_of(self.folder, n) != digest for n, digest in state.kept.items()):
+                return None
+            file = open_own(self._stage.path, self._stage.file.name, write=True)
+            stack.callback(file.close)
+            file.seek(self._room)
+            left = state.end
+            while left and (chunk := file.read(min(_CHUNK, left))):
+                self._digest.update(chunk)
+                left -= len(chunk)
             if not left and self._digest.hexdigest() == state.sha256:
                 self._state = state
-                self._stage.keep_only({_STATE, self._inside(), *state.kept})
-                return True
-        return False
+                self._stage.keep_only({STATE, self._inside(), *state.kept})
+                stack.pop_all()
+                return file
+        return None
 
 
 def header_room(tensors: Iterable[str], data: Mapping[str, Any]) -> int:
@@ -252,34 +239,3 @@ def _bounded(values: Array, what: str, tensor: str) -> Array:
 
 def _is_ours(path: Path) -> None:
     open_statistics(path).close()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _spell(state: _State) -> dict[str, Any]:
-    sites = [[s.number, list(s.tensors), s.count, s.held_out_count, s.blocks] for s in state.sites]
-    return vars(state) | {"sites": sites}
-
-
-def _read_state(folder: Path) -> _State | None:
-    """The state as it was committed last; None where there is none or it is damaged."""
-    try:
-        file = open_inside(os.path.realpath(folder), _STATE)
-        try:
-            digest, _, body = file.read_all(_MAX_STATE).partition(b"\n")
-        finally:
-            file.close()
-    except (InputError, ResourceError):
-        return None
-    if digest != hashlib.sha256(body).hexdigest().encode():
-        return None  # what passes is what was written here
-    raw = json.loads(body)
-    raw["specs"] = [(name, tag, tuple(shape)) for name, tag, shape in raw["specs"]]
-    raw["sites"] = [Site(n, tuple(t), count, held, b) for n, t, count, held, b in raw["sites"]]
-    return _State(**raw)
