@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +20,22 @@ from compress.spills import spill_name
 
 STATE = ".resume.json"
 _MAX_STATE = 1 << 30
+_NUMBER, _NOTHING = (int, float), type(None)
+# The fields of a row of the report (`compress.report.row`): what each may hold.
+_ROW: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "role", "dtype"), (str,)),
+    **dict.fromkeys(("shape", "passes"), (list,)),
+    **dict.fromkeys(("changed", "estimated"), (bool,)),
+    **dict.fromkeys(("cast", "plain"), (str, _NOTHING)),
+    **dict.fromkeys(("bits", "group_size"), (int, _NOTHING)),
+    **dict.fromkeys(("rank", "outliers", "bytes_before", "bytes_after"), (int,)),
+    **dict.fromkeys(("bits_per_weight", "sparsity", "relative_error", "seconds"), _NUMBER),
+    **dict.fromkeys(("cast_relative_error", "squared_error", "squared_norm"), _NUMBER),
+    **dict.fromkeys(
+        ("plain_relative_error", "output_error", "plain_output_error"), (*_NUMBER, _NOTHING)
+    ),
+    "extra": (dict,),
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,24 @@ class State:
         # A digest before the content: what passes it is what was written here, NaN included.
         self._stage.write_own(STATE, sha256(body).hexdigest().encode() + b"\n" + body)
 
+    def take(
+        self, name: str, number: int, tensors: Sequence[str], parts: Set[str]
+    ) -> Finished | None:
+        """A shard that was finished; None, and nothing left of it, where there is none.
+
+        number, tensors, parts  what the plan says of it: a state of other ones is not of this run
+        """
+        finished = self.shards.get(name)
+        if finished is None:
+            return None
+        rows = [row["name"] for row in finished.rows]
+        if finished.number == number and rows == list(tensors) and finished.shares.keys() <= parts:
+            return finished
+        for path in files_of(self._stage, name, finished):  # links too: they would be written to
+            (self._stage.folder / path).unlink(missing_ok=True)
+        del self.shards[name]
+        return None
+
     @staticmethod
     def is_in(stage: Stage) -> bool:
         """Whether `stage` holds anything worth keeping."""
@@ -61,13 +95,18 @@ def resume(stage: Stage) -> State:
     state = State(stage)
     kept: set[str] = set()
     for name, finished in _read(stage.folder).items():
-        files = {f"{stage.path.name}/{name}": finished.record}
-        files |= {spill_name(p, finished.number): r for p, r in finished.shares.items()}
+        files = files_of(stage, name, finished)
         if all(_intact(stage.folder, path, record) for path, record in files.items()):
             state.shards[name] = finished
             kept |= files.keys()
     stage.keep_only(kept | {STATE} if kept else kept)
     return state
+
+
+def files_of(stage: Stage, name: str, finished: Finished) -> dict[str, FileRecord]:
+    """The files of a finished shard, relative to the stage: itself and its shares."""
+    shares = {spill_name(p, finished.number): r for p, r in finished.shares.items()}
+    return {f"{stage.path.name}/{name}": finished.record} | shares
 
 
 def resume_key(plan: Plan) -> str:
@@ -112,7 +151,7 @@ def _read(folder: Path) -> dict[str, Finished]:
         return {}
     if not isinstance(shards, dict):
         return {}
-    found = {name: _parse(one) for name, one in shards.items() if "/" not in name}
+    found = {name: _parse(one) for name, one in shards.items() if _is_plain(name)}
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -123,15 +162,31 @@ def _parse(body: Any) -> Finished | None:
     record = read_record(body.get("record"))
     if type(number) is not int or record is None or not isinstance(shares, dict):
         return None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
         return None
     parts: dict[str, FileRecord] = {}
     for part, spelled in shares.items():
         share = read_record(spelled)
-        if share is None or "/" in part:
+        if share is None or not _is_plain(part):
             return None
         parts[part] = share
     return Finished(number, record, parts, rows)
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it is a row of a report as `compress.report.row` makes them."""
+    return (
+        isinstance(row, dict)
+        and row.keys() == _ROW.keys()
+        and all(type(row[key]) in kinds for key, kinds in _ROW.items())
+        and all(type(size) is int for size in row["shape"])
+        and all(isinstance(one, str) for one in row["passes"])
+        and all(type(value) in _NUMBER for value in row["extra"].values())
+    )
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def _intact(folder: Path, relative: str, record: FileRecord) -> bool:

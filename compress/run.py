@@ -193,8 +193,10 @@ def _write_shards(
     shards: list[Finished] = []
     total = sum(t.info.nbytes for t in plan.tensors)
     done = 0
+    parts = {part.part for part in layout.parts}
     for number, shard in enumerate(layout.shards):
-        finished = state.shards.get(shard.name)
+        names = [t.info.name for t in shard.tensors]
+        finished = state.take(shard.name, number, names, parts)
         if finished is None:
             before = done
 
