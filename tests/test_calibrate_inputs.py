@@ -293,3 +293,131 @@ def test_the_digest_tells_arrays_apart() -> None:
     one = Inputs("ids", {"input_ids": np.array([[1, 2]], np.int32)}, "", "")
     other = Inputs("ids", {"input_ids": np.array([[1], [2]], np.int32)}, "", "")
     assert one.digest != other.digest
+
+
+# ---------------------------------------------------------------- files that lie, and no files
+
+
+def npy(header: str, body: bytes = b"", version: int = 1) -> bytes:
+    raw = header.encode("latin-1")
+    raw += b" " * (-(len(raw) + 11) % 64) + b"\n"
+    width = 2 if version == 1 else 4
+    return b"\x93NUMPY" + bytes([version, 0]) + len(raw).to_bytes(width, "little") + raw + body
+
+
+def heading(shape: str, descr: str = "'<i4'") -> str:
+    return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}"
+
+
+ODD_HEADERS = {
+    "unhashable": "{[]: 1}",
+    "mixed keys": "{1: 1, 'a': 2}",
+    "cut off": "{'a': (((",
+    "no dict": "5",
+    "too deep": "-" * 9000 + "1",
+    "brackets": "[" * 150 + "]" * 150,
+    "vast": heading("(1000000000000, 1000000)"),
+    "large": heading("(10000000, 100000)"),
+    "beyond 64 bits": heading(f"({'9' * 400}, 1)"),
+    "below zero": heading("(-2, -4)"),
+    "a flag as size": heading("(True, 4)"),
+    "a float as size": heading("(1.0, 1)"),
+    "empty and vast": heading("(0, 9223372036854775808)"),
+    "structured": heading("(1, 1)", "[('a', '<i4')]"),
+    "objects": heading("(1, 1)", "'O'"),
+    "nothing": heading("(1, 1)", "'V0'"),
+    "odd width": heading("(1, 1)", "'<i3'"),
+    "old and cut": "{'descr':'<i4',\n  'x\n':1L",
+}
+
+
+@pytest.mark.parametrize("odd", ODD_HEADERS)
+@pytest.mark.filterwarnings("error")
+def test_headers_of_arrays_that_are_not_there(tmp_path: Path, odd: str) -> None:
+    """Nothing is allocated for them, and the file is named."""
+    content = npy(ODD_HEADERS[odd], b"\1\0\0\0" * 8)
+    with pytest.raises(InputError, match=r"ids\.npy: not an \.npy file of numbers"):
+        read_ids(written(tmp_path, content, "ids.npy"), None)
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as file:
+        file.writestr("images.npy", content)
+    with pytest.raises(InputError, match=r"i\.npz: not an \.npz file of numbers"):
+        read_images(written(tmp_path, made.getvalue(), "i.npz"))
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_arrays_of_every_version_and_order(tmp_path: Path, version: int) -> None:
+    values = np.arange(6, dtype=">i2").reshape(2, 3)
+    content = npy(heading("(2L, 3L)", "'>i2'"), values.tobytes(), version)
+    assert read_ids(written(tmp_path, content), None).arrays["input_ids"].tolist() == (
+        values.tolist()
+    )
+    turned = saved(tmp_path / "turned.npy", np.asfortranarray(values.astype(np.int64)))
+    assert read_ids(turned, None).arrays["input_ids"].tolist() == values.tolist()
+    packed = tmp_path / "packed.npz"
+    np.savez_compressed(packed, images=GOOD, labels=np.arange(len(GOOD)))
+    assert np.array_equal(read_images(packed).arrays["images"], GOOD)
+
+
+def tampered(**changed: int) -> bytes:
+    """A good archive with fields of its two headers changed."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as file:
+        file.writestr("images.npy", npy(heading("(2, 4, 4, 3)", "'|u1'"), bytes(96)))
+    content = bytearray(made.getvalue())
+    central = content.find(b"PK\1\2")
+    local = {"flags": 6, "method": 8}
+    there = {"version": 6, "flags": 8, "method": 10, "size": 24}
+    for name, value in changed.items():
+        width = 4 if name == "size" else 2
+        place = central + there[name]
+        content[place : place + width] = value.to_bytes(width, "little")
+        if name in local:
+            content[local[name] : local[name] + 2] = value.to_bytes(2, "little")
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"flags": 1},
+        {"flags": 0x20},
+        {"version": 200},
+        {"size": 0xFFFFFFF0},
+        *[{"method": method} for method in (8, 12, 14, 99)],
+    ],
+    ids=str,
+)
+def test_archives_that_numpy_does_not_write(tmp_path: Path, changed: dict[str, int]) -> None:
+    read_images(written(tmp_path, tampered(), "good.npz"))
+    with pytest.raises(InputError, match=r"i\.npz: not an \.npz file of numbers"):
+        read_images(written(tmp_path, tampered(**changed), "i.npz"))
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(
+    decoder: Checkpoint, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for read in (
+        lambda p: read_ids(p, None),
+        read_images,
+        read_pairs,
+        lambda p: text_ids(p, decoder),
+    ):
+        with pytest.raises(InputError, match=r"pipe: not a regular file"):
+            read(pipe)
+        with pytest.raises(InputError, match="/dev/null: not a regular file"):
+            read(Path("/dev/null"))
+        with pytest.raises(UsageError, match="Is a directory"):
+            read(tmp_path)
+
+
+def test_a_text_may_come_from_a_pipe_of_the_shell() -> None:
+    end, begin = os.pipe()
+    os.write(begin, b"one,two,0.5\n")
+    os.close(begin)
+    assert read_pairs(Path(f"/dev/fd/{end}"))[0] == ["one"]
+    with pytest.raises(InputError, match=f"/dev/fd/{end}: not a regular file"):
+        read_images(Path(f"/dev/fd/{end}"))
+    os.close(end)

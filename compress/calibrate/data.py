@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.calibrate.given_files import cannot_read, open_given
 from compress.calibrate.inputs import (
     IDS,
     Inputs,
@@ -29,7 +30,7 @@ from compress.calibrate.inputs import (
     vocabulary_of,
 )
 from compress.checkpoint import Checkpoint
-from compress.errors import InputError, UsageError, show, unreadable
+from compress.errors import InputError, UsageError, show
 
 DEFAULT_LENGTH = 512
 _MAX_TEXT = 1 << 28
@@ -283,11 +284,11 @@ def _finished(
 
 def _read(path: Path) -> tuple[bytes, str]:
     """The bytes and the text. Raises UsageError, InputError, ResourceError."""
-    try:
-        with open(path, "rb") as file:
+    with open_given(path, pipes=True) as file:
+        try:
             raw = file.read(_MAX_TEXT + 1)
-    except OSError as error:
-        raise unreadable(error) from error
+        except OSError as error:
+            raise cannot_read(error, path) from error
     if len(raw) > _MAX_TEXT:
         raise UsageError(
             f"{show(str(path))}: more than {_MAX_TEXT:,} bytes of text", hint="give a part of it"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.errors import InputError, UsageError, show, unreadable
+from compress.calibrate.given_files import cannot_read, open_given, read_npy, read_npz
+from compress.errors import InputError, UsageError, show
 from compress.tensor import Array
 
 IDS, IMAGES, LABELS = "input_ids", "images", "labels"
@@ -184,15 +183,7 @@ def read_ids(
     Raises UsageError or InputError for another dtype or shape, and for ids that the model of
     `config` does not have.
     """
-    try:
-        with open(path, "rb") as file:
-            values = np.lib.format.read_array(file, allow_pickle=False)
-    except OSError as error:
-        raise unreadable(error) from error
-    except (ValueError, EOFError) as error:
-        raise InputError(
-            f"{show(str(path))}: not an .npy file of numbers", hint="numpy.save writes one"
-        ) from error
+    values = read_npy(path)
     if values.dtype.kind not in "iu" or values.ndim != 2 or not values.size:
         raise InputError(
             f"{show(str(path))}: {values.dtype} {list(values.shape)}, not integers [samples,"
@@ -231,9 +222,13 @@ def read_images(path: Path, *, samples: int | None = None, seed: int | None = No
 
     Raises InputError for anything else.
     """
-    arrays = _npz(path)
-    images, labels = arrays[IMAGES], arrays.get(LABELS)
+    arrays, names = read_npz(path, (IMAGES, LABELS))
     where = show(str(path))
+    if IMAGES not in arrays:
+        raise InputError(
+            f"{where}: no array named images", hint=f"it holds {show(', '.join(sorted(names)))}"
+        )
+    images, labels = arrays[IMAGES], arrays.get(LABELS)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in _CHANNELS:
         raise InputError(
             f"{where}: images are {images.dtype} {list(images.shape)}, not uint8 [n, height,"
@@ -260,42 +255,16 @@ def read_images(path: Path, *, samples: int | None = None, seed: int | None = No
     )
 
 
-def _npz(path: Path) -> dict[str, Array]:
-    wrong = InputError(
-        f"{show(str(path))}: not an .npz file of numbers", hint="numpy.savez writes one"
-    )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise wrong
-            arrays = {name: archive[name] for name in (IMAGES, LABELS) if name in archive.files}
-            names = archive.files
-    except (TypeError, AttributeError):  # a lone array is no context manager
-        raise wrong from None
-    except OSError as error:
-        raise unreadable(error) from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise wrong from error
-    if IMAGES not in arrays:
-        raise InputError(
-            f"{show(str(path))}: no array named images",
-            hint=f"it holds {show(', '.join(sorted(names)))}",
-        )
-    if not all(isinstance(values, np.ndarray) for values in arrays.values()):
-        raise wrong  # numpy gives what is no array as bytes
-    return arrays
-
-
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file. Raises ResourceError."""
-    try:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
+    """SHA-256 of a file. Raises as `compress.calibrate.given_files.open_given` does."""
+    digest = hashlib.sha256()
+    with open_given(path) as file:
+        try:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
-            return digest.hexdigest()
-    except OSError as error:
-        raise unreadable(error) from error
+        except OSError as error:
+            raise cannot_read(error, path) from error
+    return digest.hexdigest()
 
 
 def _number(config: Mapping[str, Any] | None, names: Sequence[str]) -> int | None:

@@ -22,10 +22,9 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("checkpoint/torch_child.py", "reads"): ({"open"}, "descriptors it inherits; /proc/self"),
     ("checkpoint/torch_file.py", "reads"): ({"open"}, "a copy of a descriptor that was checked"),
     ("recipe.py", "reads"): ({"path.open"}, "a recipe that the user names; at most 1 MB"),
-    ("calibrate/data.py", "reads"): ({"open"}, "a text that the user names; bounded"),
-    ("calibrate/inputs.py", "reads"): (
-        {"open", "np.load", "np.lib.format.read_array"},
-        "arrays that the user names, of numbers only",
+    ("calibrate/given_files.py", "reads"): (
+        {"os.open"},
+        "texts and arrays that the user names, of numbers only; bounded",
     ),
     ("calibrate/hf.py", "reads"): ({"open"}, _OWN_STAGE),
     ("calibrate/left_state.py", "reads"): ({"os.open"}, "files of a stage that was left, no links"),
