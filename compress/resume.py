@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import __version__
-from compress.checkpoint.files import open_inside
+from compress.checkpoint.files import is_plain_name, open_inside
 from compress.checkpoint.manifest import FileRecord, read_record, record_of
 from compress.checkpoint.stage import Stage
 from compress.errors import InputError, ResourceError
@@ -151,7 +151,7 @@ def _read(folder: Path) -> dict[str, Finished]:
         return {}
     if not isinstance(shards, dict):
         return {}
-    found = {name: _parse(one) for name, one in shards.items() if _is_plain(name)}
+    found = {name: _parse(one) for name, one in shards.items() if is_plain_name(name)}
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -167,7 +167,7 @@ def _parse(body: Any) -> Finished | None:
     parts: dict[str, FileRecord] = {}
     for part, spelled in shares.items():
         share = read_record(spelled)
-        if share is None or not _is_plain(part):
+        if share is None or not is_plain_name(part):
             return None
         parts[part] = share
     return Finished(number, record, parts, rows)
@@ -183,10 +183,6 @@ def _is_row(row: Any) -> bool:
         and all(isinstance(one, str) for one in row["passes"])
         and all(type(value) in _NUMBER for value in row["extra"].values())
     )
-
-
-def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def _intact(folder: Path, relative: str, record: FileRecord) -> bool:

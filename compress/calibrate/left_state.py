@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from compress.calibrate.statistics import Site, parse_site, spell_site
-from compress.checkpoint.files import open_inside
+from compress.checkpoint.files import is_plain_name, open_inside
 from compress.checkpoint.writer import nbytes_of
 from compress.errors import InputError, ResourceError
 
@@ -76,7 +76,7 @@ def _parse(body: dict[str, Any]) -> State:
         and len({name for name, _, _ in specs}) == len(specs)
         and [site.number for site in sites] == list(range(len(sites)))
         and all(site.tensors for site in sites)
-        and all(_is_plain(name) for name in state.kept)
+        and all(is_plain_name(name) for name in state.kept)
     )
     if not right:
         raise ValueError("not a state of ours")
@@ -88,10 +88,6 @@ def _spec(name: object, tag: object, shape: list[int]) -> Spec:
     if not known or not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError("not an array of ours")
     return str(name), str(tag), tuple(shape)
-
-
-def _is_plain(name: str) -> bool:
-    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def open_own(folder: Path, name: str, *, write: bool = False) -> BinaryIO:

@@ -156,11 +156,16 @@ def is_own_file(directory: Path, relative: str) -> bool:
     return os.path.realpath(whole) == whole and os.path.isfile(whole)
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether it names a file of the folder that it is joined to, and nothing else."""
+    return name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
 def require_plain_name(name: object, suffix: str, where: str) -> str:
     """`name` if it is a bare file name with this suffix, InputError naming `where` otherwise."""
     if not isinstance(name, str):
         raise InputError(f"{show(where)}: a file name that is not a string")
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+    if not is_plain_name(name):
         raise InputError(
             f"{show(where)}: '{show(name)}' is not a plain file name",
             hint="shards must lie beside their index",
