@@ -14,11 +14,13 @@ from ruamel.yaml import YAML
 from ruamel.yaml import events as ev
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.parser import Parser
+from ruamel.yaml.resolver import VersionedResolver
 
 from compress.errors import InputError, show
 
 MAX_DEPTH = 32
 MAX_INTEGER = (1 << 63) - 1
+_VERSION = (1, 2)
 
 
 def loads(raw: bytes, where: str) -> Any:
@@ -39,7 +41,8 @@ def loads(raw: bytes, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         at = f" (line {mark.line + 1})" if mark is not None else ""
         raise InputError(f"{where}: {show(line)}{at}") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AssertionError, RecursionError) as error:
+        # The library asserts that a directive names YAML 1.1 or 1.2.
         raise InputError(f"{where}: not a value this tool reads") from error
     _require_plain(value, where)
     return value
@@ -53,10 +56,20 @@ class _Reader(YAML):
         self.allow_duplicate_keys = False
         self.where = where
         self.Parser = _StrictParser
+        self.Resolver = _Resolver
 
     def official_plug_ins(self) -> list[str]:
         """None: the library would search its folder for them, for every value that is read."""
         return []
+
+
+class _Resolver(VersionedResolver):
+    """Values by the rules of YAML 1.2, whatever a directive further down may say."""
+
+    @property
+    def processing_version(self) -> tuple[int, int]:
+        """The library would take that of the directive that was scanned last."""
+        return _VERSION
 
 
 class _StrictParser(Parser):
@@ -77,6 +90,8 @@ class _StrictParser(Parser):
             raise InputError(f"{where}: YAML tags are not allowed ({show(str(tag))})")
         if isinstance(event, ev.DocumentStartEvent):
             self.documents += 1
+            if event.version is not None and tuple(event.version) != _VERSION:
+                raise InputError(f"{where}: a document of another YAML than 1.2")
         elif isinstance(event, ev.MappingStartEvent | ev.SequenceStartEvent):
             self.depth += 1
         elif isinstance(event, ev.MappingEndEvent | ev.SequenceEndEvent):

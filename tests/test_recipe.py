@@ -158,6 +158,15 @@ def test_numbers_are_yaml_1_2() -> None:
     assert strict_yaml.loads(b"yes", "x") == "yes"
 
 
+@pytest.mark.parametrize("version", ["1.1", "1.3", "0.2", "2.0"])
+def test_a_directive_changes_no_rules(version: str) -> None:
+    assert strict_yaml.loads(b"%YAML 1.2\n---\na: yes\n", "x") == {"a": "yes"}
+    with pytest.raises(InputError, match="x: "):
+        strict_yaml.loads(f"%YAML {version}\n---\na: yes\n".encode(), "x")
+    with pytest.raises(InputError, match="x: "):
+        strict_yaml.loads(f"a: yes\nb:\n%YAML {version}\n: 1".encode(), "x")
+
+
 def test_every_default_is_written_out() -> None:
     resolved = recipe_from_mapping({"passes": ["quantize"]}).resolved()
     options = resolved["passes"][0]["quantize"]
